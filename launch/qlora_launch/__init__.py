@@ -1,0 +1,1 @@
+"""The launcher: what runs on a login node or a workstation, and imports no torch."""

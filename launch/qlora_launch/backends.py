@@ -1,0 +1,34 @@
+"""Where a run can be started: a table of names, imported on use."""
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+from qlora_dist.ends import RankEnd
+from qlora_dist.errors import PlanError
+from qlora_dist.layout import RunDir
+
+BACKENDS: dict[str, str] = {"local": "qlora_launch.local:LocalBackend"}
+
+
+class Backend(Protocol):
+    """Starts attempts of a run."""
+
+    def submit(self, run: RunDir, *, say: Callable[[str], None]) -> RankEnd:
+        """Start the next attempt; a local one is followed to its end."""
+        ...
+
+
+def get_backend(name: str) -> Backend:
+    """Import the backend that a spec names.
+
+    Raises:
+        PlanError: This version cannot start runs there.
+    """
+    if name not in BACKENDS:
+        raise PlanError(
+            f"resources.backend: {name} does not run yet; what runs: {', '.join(BACKENDS)}"
+        )
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    return backend

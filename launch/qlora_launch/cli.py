@@ -1,0 +1,283 @@
+"""``qlora``: parse, call, print, exit. Each verb is a function; all else is imported by it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_dist import __version__
+
+if TYPE_CHECKING:
+    from qlora_dist.ends import RankEnd
+    from qlora_dist.layout import RunDir
+    from qlora_dist.spec import RunSpec
+
+_INTRO = """\
+One YAML file to a trained QLoRA adapter.
+
+  qlora plan configs/guanaco-7b.yaml            what the run takes, and whether it fits
+  qlora data configs/guanaco-7b.yaml --show 3   what it will learn, token by token
+  qlora run  configs/guanaco-7b.yaml            train; Ctrl-C saves and stops
+  qlora resume runs/guanaco-7b                  go on from the last committed step
+
+Any key of the file can be given on the command line: qlora run x.yaml optimizer.lr=1e-4
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.call is None:
+        parser.print_help()
+        return 0
+    # Libraries' remarks are not about the user's input; ours are.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from qlora_dist.errors import QLoRAError
+
+    try:
+        code: int = args.call(args)
+    except QLoRAError as error:
+        sys.stderr.write(f"qlora: {error}\n")
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("qlora: interrupted\n")
+        return 130
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; docs/cli.md is made from it."""
+    parser = argparse.ArgumentParser(
+        prog="qlora", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"qlora-dist {__version__}")
+    parser.set_defaults(call=None)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def verb(
+        name: str, call: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(call=call)
+        return sub
+
+    plan = verb("plan", _plan, "say what a run takes: processes, steps, memory, and why")
+    _config_arguments(plan)
+    plan.add_argument("--json", action="store_true", help="for programs")
+
+    run = verb("run", _run, "start a run")
+    _config_arguments(run)
+    run.add_argument(
+        "--dry-run", action="store_true", help="print every file, argv and variable, and stop"
+    )
+    run.add_argument(
+        "--prepare",
+        action="store_true",
+        help="write the run directory and stop; start it with qlora resume or accelerate launch",
+    )
+
+    resume = verb("resume", _resume, "go on with a run from its last committed step")
+    _run_argument(resume)
+    resume.add_argument("--dry-run", action="store_true", help="print what would be started")
+
+    data = verb("data", _data, "read and tokenise a run's data, and show it")
+    _config_arguments(data)
+    data.add_argument(
+        "--show", type=_count, default=0, metavar="N", help="print N samples, learned tokens marked"
+    )
+    data.add_argument("--json", action="store_true", help="for programs")
+
+    consolidate = verb("consolidate", _consolidate, "write a checkpoint as RUN/adapter, for PEFT")
+    _run_argument(consolidate)
+    consolidate.add_argument(
+        "--checkpoint", default="last", metavar="WHICH", help="last, best, or a step"
+    )
+
+    export = verb("export", _export, "merge the adapter into the base, as RUN/merged in 16 bits")
+    _run_argument(export)
+    export.add_argument("--output", type=Path, help="another folder to write")
+
+    generate = verb(
+        "generate", _generate, "answer prompts with a run, an adapter or a merged model"
+    )
+    generate.add_argument("model", metavar="MODEL", help="run directory, adapter or model folder")
+    generate.add_argument(
+        "prompt", nargs="*", help="one prompt each; read from standard input, a line each, if none"
+    )
+    generate.add_argument("--base", action="store_true", help="the run's base without its adapter")
+    generate.add_argument(
+        "--raw", action="store_true", help="give the prompt as it is, without a template"
+    )
+    generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 picks the likeliest token"
+    )
+    generate.add_argument("--top-p", type=float, default=0.9, metavar="P")
+    generate.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
+    )
+
+
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _load(args: argparse.Namespace) -> "RunSpec":
+    from qlora_dist.spec import load_spec
+
+    return load_spec(args.config, args.overrides)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from qlora_dist.plan import make_plan
+
+    plan = make_plan(_load(args))
+    if args.json:
+        import json
+
+        print(json.dumps(plan.to_json(), indent=2))
+    else:
+        from qlora_launch.show import plan_text
+
+        print(plan_text(plan))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from qlora_dist.errors import PlanError
+    from qlora_dist.plan import make_plan
+    from qlora_launch.render import render
+    from qlora_launch.rundir import absolute_paths, write_run_dir
+    from qlora_launch.show import bundle_text
+
+    spec = absolute_paths(_load(args))
+    plan = make_plan(spec)
+    bundle = render(plan)
+    if args.dry_run:
+        print(bundle_text(bundle))
+        return 0
+    if plan.not_runnable:
+        raise PlanError("\n".join(plan.not_runnable))
+    run = write_run_dir(bundle, spec)
+    if args.prepare:
+        _say(f"{run.root} is written; start it with: qlora resume {run.root}")
+        return 0
+    return _start(run, spec)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from qlora_dist.layout import open_run
+    from qlora_dist.plan import make_plan
+    from qlora_launch.render import render
+    from qlora_launch.show import bundle_text
+
+    run, spec = open_run(args.run)
+    if args.dry_run:
+        print(bundle_text(render(make_plan(spec.model_copy(update={"run_dir": str(run.root)})))))
+        return 0
+    return _start(run, spec)
+
+
+def _start(run: "RunDir", spec: "RunSpec") -> int:
+    from qlora_dist.ends import DONE, PREEMPTED
+    from qlora_launch.backends import get_backend
+
+    _say(f"run directory: {run.root}")
+    end = get_backend(spec.resources.backend).submit(run, say=_say)
+    if end.code == DONE:
+        _say(f"done: {end.cause}")
+    elif end.code == PREEMPTED:
+        _say(f"{end.cause}; go on with: qlora resume {run.root}")
+    else:
+        sys.stderr.write(_failure_text(run, end))
+    return end.code
+
+
+def _failure_text(run: "RunDir", end: "RankEnd") -> str:
+    from qlora_dist.errors import UserError
+    from qlora_dist.layout import newest_attempt
+
+    text = f"qlora: {end.cause}\n"
+    attempt = newest_attempt(run)
+    if end.code != UserError.exit_code and attempt is not None:
+        log = run.rank_log(attempt, end.rank)
+        text += f"rank {end.rank} failed after step {end.step}; its log: {log}\n"
+    return text
+
+
+def _data(args: argparse.Namespace) -> int:
+    from qlora_dist.data.corpus import load_corpus, load_tokenizer
+    from qlora_launch.show_data import report, samples_text
+
+    spec = _load(args)
+    tokenizer = load_tokenizer(spec)
+    corpus = load_corpus(spec, tokenizer)
+    if args.json:
+        import json
+
+        print(json.dumps(report(spec, corpus), indent=2, ensure_ascii=False))
+        return 0
+    for key, value in report(spec, corpus).items():
+        print(f"{key + ':':<24}{value}")
+    print(samples_text(corpus, tokenizer, count=args.show, color=sys.stdout.isatty()), end="")
+    return 0
+
+
+def _consolidate(args: argparse.Namespace) -> int:
+    from qlora_dist.layout import open_run
+    from qlora_dist.train.consolidate import consolidate
+
+    run, spec = open_run(args.run)
+    checkpoint = consolidate(run, spec, args.checkpoint)
+    _say(f"{run.adapter}: the adapter after step {checkpoint.step}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from qlora_dist.layout import open_run
+    from qlora_dist.train.export import export
+
+    run, spec = open_run(args.run)
+    output = (args.output or run.merged).expanduser().absolute()
+    count = export(run, spec, output, progress=sys.stderr.isatty())
+    _say(f"{output}: the base with the adapter merged into {count} matrices")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from qlora_dist.train.generate import Sampling, open_generator
+
+    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    generator = open_generator(Path(args.model), base_only=args.base, raw=args.raw)
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f"> {prompt}")
+        for piece in generator.stream(prompt, sampling):
+            print(piece, end="", flush=True)
+        print()
+    return 0

@@ -1,0 +1,100 @@
+"""Plan to Bundle: every file, argv and environment variable of a run, as values.
+
+``--dry-run`` prints a bundle and stops; a real run writes the same bundle and starts it.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_dist import __version__
+from qlora_dist.engine_config import accelerate_config, deepspeed_config
+from qlora_dist.plan import Plan
+from qlora_dist.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A run, ready to be written and started.
+
+    Attributes:
+        run_dir: Its folder, absolute.
+        files: Name inside the folder -> text.
+        argv: What each node executes.
+        env: Variables that are set on top of the environment there.
+    """
+
+    run_dir: Path
+    files: dict[str, str]
+    argv: tuple[str, ...]
+    env: dict[str, str]
+
+
+def render(plan: Plan) -> Bundle:
+    """Put a plan into files and a command; touches nothing."""
+    spec = plan.spec
+    run_dir = run_dir_of(spec)
+    argv = torchrun_argv(plan, run_dir)
+    env = process_env(plan)
+    files = {
+        "run.json": _json(
+            {
+                "spec_sha256": spec.sha256(),
+                "written_by": f"qlora-dist {__version__}",
+                "spec": spec.model_dump(mode="json"),
+                "plan": plan.to_json(),
+            }
+        ),
+        "accelerate.yaml": yaml.safe_dump(accelerate_config(plan), sort_keys=True),
+        "command.json": _json(
+            {"argv": list(argv), "env": env, "world_size": plan.topology.world_size}
+        ),
+    }
+    engine = deepspeed_config(plan)
+    if engine is not None:
+        files["ds_config.json"] = _json(engine)
+    return Bundle(run_dir, files, argv, env)
+
+
+def run_dir_of(spec: RunSpec) -> Path:
+    """Folder of a run, absolute."""
+    return Path(spec.run_dir or f"runs/{spec.name}").expanduser().absolute()
+
+
+def torchrun_argv(plan: Plan, run_dir: Path) -> tuple[str, ...]:
+    """The torchrun command of one node; a list, so that no path is ever quoted."""
+    return (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={plan.topology.processes_per_node}",
+        "--max-restarts=0",
+        "--monitor-interval=0.2",
+        "-m",
+        "qlora_dist.train.worker",
+        str(run_dir),
+    )
+
+
+def process_env(plan: Plan) -> dict[str, str]:
+    """Environment of the training processes, beyond what the launcher itself has."""
+    env = {
+        # Rust tokenizers warn, and may dead-lock, when used before and after a fork.
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if plan.topology.device == "cuda":
+        # Less fragmentation where lengths of batches vary.
+        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    elif plan.spec.resources.cpus_per_process is not None:
+        env["OMP_NUM_THREADS"] = str(plan.spec.resources.cpus_per_process)
+    return env
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,93 @@
+"""Writing a bundle to its run directory, once."""
+
+import errno
+import shutil
+from pathlib import Path
+
+from qlora_dist.errors import QLoRAError, RunDirError
+from qlora_dist.files import fsync_dir, write_text
+from qlora_dist.layout import RunDir, open_run
+from qlora_dist.spec import RunSpec
+from qlora_launch.render import Bundle
+
+
+def absolute_paths(spec: RunSpec) -> RunSpec:
+    """The spec with every path that exists here made absolute.
+
+    Processes of the run may start in another folder, or on another machine.
+    """
+    model = spec.model.model_copy(update={"source": _absolute(spec.model.source)})
+    if model.token_file is not None:
+        model = model.model_copy(
+            update={"token_file": str(Path(model.token_file).expanduser().absolute())}
+        )
+    data = spec.data.model_copy(update={"source": _absolute(spec.data.source)})
+    return spec.model_copy(update={"model": model, "data": data})
+
+
+def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
+    """Create the run directory.
+
+    A folder that already holds this very run is left as it is.
+
+    Raises:
+        RunDirError: The folder holds another run, or something that is no run.
+        QLoRAError: It cannot be written; nothing of it is left.
+    """
+    run = RunDir(bundle.run_dir)
+    if run.run_json.exists():
+        _refuse_other(run, spec)
+        return run
+    if run.root.exists() and any(run.root.iterdir()):
+        raise RunDirError(
+            f"{run.root} is there and holds no run; choose another with run_dir=..., or remove it"
+        )
+    new = run.root.with_name(f".{run.root.name}.partial")
+    try:
+        if new.exists():
+            shutil.rmtree(new)
+        new.mkdir(mode=0o700, parents=True)
+        (new / "control").mkdir(mode=0o700)
+        (new / "attempts").mkdir(mode=0o700)
+        for name, text in bundle.files.items():
+            write_text(new / name, text)
+        if run.root.exists():
+            run.root.rmdir()
+        new.rename(run.root)
+        fsync_dir(run.root.parent)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise QLoRAError(f"cannot create {run.root}: {reason}") from error
+    return run
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
+def _refuse_other(run: RunDir, spec: RunSpec) -> None:
+    _, there = open_run(run.root)
+    if there.sha256() == spec.sha256():
+        return
+    ours, theirs = _flat(spec.model_dump(mode="json")), _flat(there.model_dump(mode="json"))
+    lines = [
+        f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} asked for"
+        for key in sorted(set(ours) | set(theirs))
+        if ours.get(key) != theirs.get(key) and key != "run_dir"
+    ]
+    raise RunDirError(
+        f"{run.root} belongs to another spec:\n" + "\n".join(lines) + "\n"
+        f"Continue that run with: qlora resume {run.root}\n"
+        "or give this one a folder of its own with name=... or run_dir=..."
+    )
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

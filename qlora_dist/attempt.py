@@ -1,0 +1,127 @@
+"""Who has a run now, and which attempt it is.
+
+``owner.json`` keeps a second launcher out. It is stale when its process is gone (host, boot, pid
+and start time tell), together with every rank of its last attempt; never by age.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.errors import RunDirError
+from qlora_dist.files import fsync_dir, write_json
+from qlora_dist.layout import RunDir, newest_attempt
+from qlora_dist.process import Process
+
+# Ranks whose launcher was killed notice at once, save and go; this is how long a successor waits.
+ORPHAN_WAIT_S = 60.0
+
+
+@contextmanager
+def own(run: RunDir) -> Iterator[int]:
+    """Have the run for the length of a ``with`` block, as its next attempt.
+
+    Yields:
+        The attempt's number.
+
+    Raises:
+        RunDirError: Another launcher has it, or may have it.
+    """
+    me = Process.this()
+    with _exclusive(run):
+        _refuse_if_owned(run)
+        write_json(run.owner_json, asdict(me))
+    try:
+        yield _new_attempt(run, me)
+    finally:
+        with _exclusive(run):
+            if _read(run.owner_json) == asdict(me):
+                run.owner_json.unlink()
+
+
+def register_rank(path: Path) -> None:
+    """Say that a rank runs; its end replaces this (:func:`qlora_dist.ends.write_rank_end`)."""
+    write_json(path, {"process": asdict(Process.this())})
+
+
+@contextmanager
+def _exclusive(run: RunDir) -> Iterator[None]:
+    """Look at owner.json and change it without another launcher in between."""
+    run.control.mkdir(mode=0o700, exist_ok=True)
+    with (run.control / "owner.lock").open("w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _refuse_if_owned(run: RunDir) -> None:
+    tree = _read(run.owner_json)
+    if tree is None:
+        return
+    try:
+        owner = Process(**tree)
+    except TypeError:
+        raise RunDirError(f"{run.owner_json} is damaged; if no launcher runs, remove it") from None
+    gone = owner.is_gone()
+    if gone is None:
+        raise RunDirError(
+            f"{run.root} belongs to process {owner.pid} on {owner.host}. If that machine is gone "
+            f"for good, remove {run.owner_json}"
+        )
+    if not gone:
+        raise RunDirError(
+            f"{run.root} is already being run by process {owner.pid} on this machine; wait for it, "
+            f"or stop it with: kill {owner.pid}"
+        )
+    _wait_for_orphans(run)
+
+
+def _wait_for_orphans(run: RunDir) -> None:
+    number = newest_attempt(run)
+    deadline = time.monotonic() + ORPHAN_WAIT_S
+    while number is not None and (alive := _live_ranks(run.attempt(number) / "ranks")):
+        if time.monotonic() > deadline:
+            raise RunDirError(
+                f"{run.root}: processes of its last attempt still run on this machine: "
+                + ", ".join(map(str, alive))
+            )
+        time.sleep(0.1)
+
+
+def _live_ranks(folder: Path) -> list[int]:
+    pids = []
+    for path in folder.glob("*.json"):
+        tree = _read(path)
+        if tree and "process" in tree:
+            process = Process(**tree["process"])
+            if process.is_gone() is False:
+                pids.append(process.pid)
+    return pids
+
+
+def _new_attempt(run: RunDir, me: Process) -> int:
+    newest = newest_attempt(run)
+    number = 0 if newest is None else newest + 1
+    folder = run.attempt(number)
+    for part in (folder / "ranks", folder / "logs"):
+        part.mkdir(mode=0o700, parents=True)
+    write_json(
+        folder / "attempt.json",
+        {"attempt": number, "started_at": time.time(), "launcher": asdict(me)},
+    )
+    fsync_dir(run.attempts)
+    return number
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}

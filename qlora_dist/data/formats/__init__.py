@@ -1,0 +1,36 @@
+"""Dataset formats: a module each, found in one table.
+
+A format module has ``TEMPLATE`` (text of the prompt, with {source} where the row's own goes),
+``QUESTION`` (the same for a question that a person asks the trained model), ``LEARN`` (what its
+original recipe learns, "answer" or "all") and ``examples(row)``, which returns the row's examples
+or raises ``Dropped`` or ``MissingField``.
+"""
+
+import importlib
+from typing import Literal, Protocol
+
+from qlora_dist.data.example import Example
+
+FORMATS: dict[str, str] = {
+    "self-instruct": "qlora_dist.data.formats.self_instruct",
+    "oasst1": "qlora_dist.data.formats.oasst1",
+    "input-output": "qlora_dist.data.formats.input_output",
+    "ptt": "qlora_dist.data.formats.ptt",
+}
+
+
+class Format(Protocol):
+    """What a format module offers."""
+
+    TEMPLATE: str
+    QUESTION: str
+    LEARN: Literal["answer", "all"]
+
+    def examples(self, row: dict[str, object]) -> list[Example]:
+        """Examples of one row."""
+        ...
+
+
+def load_format(name: str) -> Format:
+    """Import the format that a spec names."""
+    return importlib.import_module(FORMATS[name])

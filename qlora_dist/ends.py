@@ -1,0 +1,92 @@
+"""How a run can end, and how that travels from each rank to whoever decides what follows.
+
+torchrun turns every worker's exit code into its own, so a rank says how it ended in a file, and the
+launcher reads all of them.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qlora_dist.files import write_json
+
+DONE = 0
+FAILED = 1
+USER_ERROR = 2
+PREEMPTED = 85
+TIME_LIMIT = 86
+HANG = 87
+BAD_NODE = 88
+NEVER_RESTART = 93
+
+# First wins when the ranks disagree; a code that is not listed counts as FAILED.
+_WORST_FIRST = (
+    NEVER_RESTART,
+    USER_ERROR,
+    BAD_NODE,
+    HANG,
+    FAILED,
+    TIME_LIMIT,
+    PREEMPTED,
+    DONE,
+)
+
+MEANING = {
+    DONE: "done",
+    FAILED: "failed",
+    USER_ERROR: "cannot run as it is",
+    PREEMPTED: "stopped and saved",
+    TIME_LIMIT: "time limit reached and saved",
+    HANG: "hung",
+    BAD_NODE: "bad node",
+    NEVER_RESTART: "failed, and would fail again",
+}
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How one rank ended.
+
+    Attributes:
+        rank: Global rank.
+        code: One of the codes above.
+        cause: One message for a person.
+        step: Steps that were complete.
+        time: Seconds since the epoch; the first failure is usually the cause of the others.
+    """
+
+    rank: int
+    code: int
+    cause: str
+    step: int
+    time: float
+
+
+def write_rank_end(path: Path, *, rank: int, code: int, cause: str, step: int) -> None:
+    """Say how a rank ended; atomic, so that a reader sees all of it or nothing."""
+    write_json(path, asdict(RankEnd(rank, code, cause, step, time.time())))
+
+
+def read_rank_ends(folder: Path, *, world_size: int) -> list[RankEnd]:
+    """Ends of all ranks; a rank that left none counts as a failure."""
+    ends = []
+    for rank in range(world_size):
+        path = folder / f"{rank:05d}.json"
+        try:
+            ends.append(RankEnd(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            cause = "ended without a word: killed, or crashed outside Python"
+            ends.append(RankEnd(rank, FAILED, cause, 0, float("inf")))
+    return ends
+
+
+def worst(ends: Sequence[RankEnd]) -> RankEnd:
+    """The end that decides for all: the worst code, and of those the earliest."""
+
+    def order(end: RankEnd) -> tuple[int, float]:
+        code = end.code if end.code in _WORST_FIRST else FAILED
+        return _WORST_FIRST.index(code), end.time
+
+    return min(ends, key=order)

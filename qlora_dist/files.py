@@ -1,0 +1,85 @@
+"""Writing files so that a reader sees the old one or the new one, never half of either."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step, durably, with mode 0600.
+
+    Raises:
+        OSError: It could not be written; ``path`` is as it was, and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace ``path`` by ``value`` as JSON; see :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_dir(new: Path, final: Path) -> None:
+    """Put the finished folder ``new`` in the place of ``final``.
+
+    Renames are atomic and a folder cannot be renamed onto a full one, so the old one steps aside
+    first; a crash between the two leaves it beside, under ``.old``.
+    """
+    old = final.with_name(final.name + ".old")
+    remove_tree(old)
+    for file in new.rglob("*"):
+        if file.is_file():
+            fsync_file(file)
+    fsync_dir(new)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    fsync_dir(final.parent)
+    remove_tree(old)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all in it, if it is there."""
+    # Not imported at the top: shutil alone costs a tenth of `qlora --help`.
+    import shutil
+
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,148 @@
+"""Names inside a run directory, and what is read back from it.
+
+::
+
+    run.json          the resolved spec: the one source of truth for every process of the run
+    accelerate.yaml   what `accelerate launch` needs to start the same processes
+    ds_config.json    what DeepSpeed's engine reads (zero2, zero3)
+    command.json      argv and environment that the launcher uses
+    owner.json        which launcher has the run now
+    control/          requests to a running attempt, such as stop-000
+    attempts/000/     attempt.json, ranks/00000.json, logs/
+    metrics.jsonl     one line a step, one line an evaluation; a resume cuts it back
+    checkpoints/      step_000100/ and so on
+    adapter/          PEFT format
+    merged/           Hugging Face format
+    tracking/         event files
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_dist.errors import RunDirError, SpecError
+from qlora_dist.spec import RunSpec, spec_from_tree
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        """The resolved spec."""
+        return self.root / "run.json"
+
+    @property
+    def accelerate_yaml(self) -> Path:
+        """Configuration of ``accelerate launch``."""
+        return self.root / "accelerate.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        """Configuration of DeepSpeed's engine."""
+        return self.root / "ds_config.json"
+
+    @property
+    def command_json(self) -> Path:
+        """The launcher's argv and environment."""
+        return self.root / "command.json"
+
+    @property
+    def owner_json(self) -> Path:
+        """The launcher that has the run."""
+        return self.root / "owner.json"
+
+    @property
+    def control(self) -> Path:
+        """Requests to a running attempt."""
+        return self.root / "control"
+
+    @property
+    def attempts(self) -> Path:
+        """One folder an attempt."""
+        return self.root / "attempts"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed and partial checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.root / "merged"
+
+    @property
+    def tracking(self) -> Path:
+        """Event files."""
+        return self.root / "tracking"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of one attempt."""
+        return self.attempts / f"{number:03d}"
+
+    def rank_file(self, attempt: int, rank: int) -> Path:
+        """How one rank of an attempt ended."""
+        return self.attempt(attempt) / "ranks" / f"{rank:05d}.json"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """Everything that one rank printed."""
+        return self.attempt(attempt) / "logs" / f"rank_{rank:05d}.log"
+
+    def run_log(self, attempt: int) -> Path:
+        """What the run has to say to a person; written by rank 0."""
+        return self.attempt(attempt) / "logs" / "run.log"
+
+    def launcher_log(self, attempt: int) -> Path:
+        """What torchrun printed."""
+        return self.attempt(attempt) / "logs" / "torchrun.log"
+
+    def stop_file(self, attempt: int) -> Path:
+        """There when the attempt is asked to save and end."""
+        return self.control / f"stop-{attempt:03d}"
+
+
+def open_run(path: str | Path) -> tuple[RunDir, RunSpec]:
+    """Open an existing run directory.
+
+    Raises:
+        RunDirError: There is no run here, or its run.json is damaged or of another version.
+    """
+    run = RunDir(Path(path).expanduser().absolute())
+    try:
+        tree = json.loads(run.run_json.read_text(encoding="utf-8"))
+        spec = spec_from_tree(tree["spec"], source=str(run.run_json))
+    except FileNotFoundError:
+        raise RunDirError(
+            f"{run.root} is no run directory: it has no run.json. Start one with: qlora run CONFIG"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, SpecError) as error:
+        raise RunDirError(f"{run.run_json} cannot be read: {error}") from error
+    if spec.sha256() != tree.get("spec_sha256"):
+        raise RunDirError(
+            f"{run.run_json} was edited after the run began: its spec_sha256 is another one. "
+            "Put the old file back, or start a new run from a config"
+        )
+    return run, spec
+
+
+def newest_attempt(run: RunDir) -> int | None:
+    """Number of the newest attempt; None before the first."""
+    try:
+        numbers = [int(path.name) for path in run.attempts.iterdir() if path.name.isdigit()]
+    except FileNotFoundError:
+        return None
+    return max(numbers, default=None)

@@ -1,0 +1,244 @@
+"""Plan: every number that follows from a spec, and nothing else.
+
+``make_plan`` is pure but for one thing: a model's local config.json is read for its shape. It
+refuses what cannot be, all problems at once, each with a value that would work.
+"""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qlora_dist.errors import PlanError
+from qlora_dist.memory import GPU_MIB, MemoryPlan, adapter_params, gpu_bytes, plan_memory
+from qlora_dist.shapes import ModelShape, find_shape
+from qlora_dist.spec import RunSpec
+
+# Strategies and backends that a run may use today; the rest are planned and rendered only.
+RUNNABLE_STRATEGIES = ("single", "ddp")
+RUNNABLE_BACKENDS = ("local",)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which processes there are."""
+
+    nodes: int
+    processes_per_node: int
+    device: Literal["cuda", "cpu"]
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is shared out.
+
+    Attributes:
+        global_size: Sequences in an optimizer step.
+        micro_size: Sequences in one forward pass.
+        accumulation: Forward passes of one process in a step.
+        max_tokens: Most tokens that a step can have.
+    """
+
+    global_size: int
+    micro_size: int
+    accumulation: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is; None is what only the data can tell."""
+
+    steps: int | None
+    warmup_steps: int | None
+    num_samples: int | None
+    epochs: float | None
+    max_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan of a run."""
+
+    spec: RunSpec
+    shape: ModelShape
+    topology: Topology
+    batch: BatchPlan
+    length: Length
+    num_adapter_params: int
+    memory: MemoryPlan
+    not_runnable: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for ``plan --json``."""
+        return {
+            "name": self.spec.name,
+            "spec_sha256": self.spec.sha256(),
+            "shape": self.shape.model_dump(),
+            "num_base_params": self.shape.num_params,
+            "num_adapter_params": self.num_adapter_params,
+            "topology": asdict(self.topology) | {"world_size": self.topology.world_size},
+            "batch": asdict(self.batch),
+            "length": asdict(self.length),
+            "memory": asdict(self.memory) | {"fits": self.memory.fits},
+            "not_runnable": list(self.not_runnable),
+        }
+
+
+def make_plan(spec: RunSpec) -> Plan:
+    """Derive a plan.
+
+    Raises:
+        PlanError: The spec asks for something impossible; the message names every such thing.
+    """
+    shape = find_shape(spec.model.source, spec.model.shape)
+    topology = _topology(spec)
+    problems = [
+        *_resource_problems(spec),
+        *_strategy_problems(spec, topology),
+        *_batch_problems(spec, topology),
+        *_model_problems(spec, shape),
+    ]
+    if problems:
+        raise PlanError("\n".join(problems))
+    batch = BatchPlan(
+        global_size=spec.batch.global_size,
+        micro_size=spec.batch.micro_size,
+        accumulation=spec.batch.global_size // (topology.world_size * spec.batch.micro_size),
+        max_tokens=spec.batch.global_size * spec.data.sequence_tokens,
+    )
+    return Plan(
+        spec=spec,
+        shape=shape,
+        topology=topology,
+        batch=batch,
+        length=plan_length(spec, spec.data.num_samples),
+        num_adapter_params=adapter_params(spec, shape),
+        memory=plan_memory(
+            spec,
+            shape,
+            world_size=topology.world_size,
+            gpus_per_node=topology.processes_per_node,
+        ),
+        not_runnable=_not_runnable(spec),
+    )
+
+
+def plan_length(spec: RunSpec, num_samples: int | None) -> Length:
+    """Steps, warm-up and epochs; the worker calls this again once it has counted the samples."""
+    schedule, size = spec.schedule, spec.batch.global_size
+    steps = schedule.steps
+    if steps is None and num_samples is not None:
+        assert schedule.epochs is not None
+        steps = max(1, math.ceil(schedule.epochs * num_samples / size))
+    warmup = schedule.warmup_steps
+    if warmup is None and steps is not None:
+        warmup = math.ceil((schedule.warmup_ratio or 0.0) * steps)
+    epochs = schedule.epochs
+    if epochs is None and steps is not None and num_samples is not None:
+        epochs = steps * size / num_samples
+    max_tokens = None if steps is None else steps * size * spec.data.sequence_tokens
+    return Length(steps, warmup, num_samples, epochs, max_tokens)
+
+
+def _topology(spec: RunSpec) -> Topology:
+    resources = spec.resources
+    if resources.gpus_per_node:
+        return Topology(resources.nodes, resources.gpus_per_node, "cuda")
+    return Topology(resources.nodes, resources.processes_per_node or 1, "cpu")
+
+
+def _resource_problems(spec: RunSpec) -> list[str]:
+    resources = spec.resources
+    problems = []
+    if resources.gpus_per_node and resources.processes_per_node is not None:
+        problems.append(
+            f"resources.processes_per_node: is for runs without GPUs; with gpus_per_node="
+            f"{resources.gpus_per_node} there is one process a GPU. Remove it, or set "
+            "gpus_per_node: 0"
+        )
+    if resources.gpu is not None and gpu_bytes(resources.gpu) is None:
+        near = difflib.get_close_matches(resources.gpu.lower(), GPU_MIB, n=1, cutoff=0.3)
+        problems.append(
+            f"resources.gpu: {resources.gpu!r} is not known; known: {', '.join(GPU_MIB)}; or a "
+            f"memory size such as 24gib" + (f". Did you mean {near[0]}?" if near else "")
+        )
+    if resources.backend == "local" and resources.nodes > 1:
+        problems.append(
+            f"resources.nodes: {resources.nodes} nodes need backend: slurm; local is one machine"
+        )
+    return problems
+
+
+def _strategy_problems(spec: RunSpec, topology: Topology) -> list[str]:
+    kind, world_size = spec.strategy.kind, topology.world_size
+    if kind == "single" and world_size != 1:
+        return [f"strategy.kind: single is one process, and there are {world_size}; use ddp"]
+    if kind in ("fsdp", "zero2", "zero3") and world_size == 1:
+        return [f"strategy.kind: {kind} shards over several processes, and there is 1; use single"]
+    if kind == "hsdp" and (topology.nodes == 1 or topology.processes_per_node == 1):
+        return [
+            "strategy.kind: hsdp shards inside a node and replicates across nodes; with "
+            f"{topology.nodes} x {topology.processes_per_node} processes use "
+            + ("fsdp" if world_size > 1 else "single")
+        ]
+    return []
+
+
+def _batch_problems(spec: RunSpec, topology: Topology) -> list[str]:
+    size, micro = spec.batch.global_size, spec.batch.micro_size
+    unit = topology.world_size * micro
+    if size % unit == 0:
+        return []
+    lower, upper = size // unit * unit, (size // unit + 1) * unit
+    neighbours = f"{lower} or {upper}" if lower else f"{upper}"
+    return [
+        f"batch.global_size: {size} sequences do not divide into {topology.world_size} processes x "
+        f"{micro} (micro_size); use {neighbours}, or another micro_size"
+    ]
+
+
+def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
+    problems = []
+    if spec.data.sequence_tokens > shape.max_positions:
+        problems.append(
+            f"data: sequences of up to {spec.data.sequence_tokens} tokens, and the model has "
+            f"positions for {shape.max_positions}; use max_tokens: {shape.max_positions}"
+        )
+    if spec.adapter.target != "all-linear":
+        for name in spec.adapter.target:
+            if name not in shape.linears:
+                near = difflib.get_close_matches(name, shape.linears, n=1)
+                problems.append(
+                    f"adapter.target: no linear layer is called {name!r}; there are "
+                    f"{', '.join(shape.linears)}" + (f". Did you mean {near[0]}?" if near else "")
+                )
+    if spec.model.attention == "flash_attention_2" and spec.resources.gpus_per_node == 0:
+        problems.append("model.attention: flash_attention_2 needs a GPU; use sdpa")
+    if shape.num_heads % shape.num_kv_heads:
+        problems.append(
+            f"model.shape: {shape.num_heads} heads cannot share {shape.num_kv_heads} key-value "
+            "heads; num_kv_heads must divide num_heads"
+        )
+    return problems
+
+
+def _not_runnable(spec: RunSpec) -> tuple[str, ...]:
+    """What this version plans and renders, and does not run."""
+    reasons = []
+    if spec.strategy.kind not in RUNNABLE_STRATEGIES:
+        reasons.append(
+            f"strategy.kind: {spec.strategy.kind} is planned and rendered, and does not run yet; "
+            f"what runs: {', '.join(RUNNABLE_STRATEGIES)}"
+        )
+    if spec.resources.backend not in RUNNABLE_BACKENDS:
+        reasons.append(
+            f"resources.backend: {spec.resources.backend} is planned and rendered, and does not "
+            f"run yet; what runs: {', '.join(RUNNABLE_BACKENDS)}"
+        )
+    return tuple(reasons)

@@ -1,0 +1,53 @@
+"""Processes of this machine: telling one from another, and not outliving a parent. Linux only."""
+
+import ctypes
+import os
+import platform
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told apart from every other that had or will have its pid."""
+
+    host: str
+    boot_id: str
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def this(cls) -> "Process":
+        """The calling process."""
+        ticks = _start_ticks(os.getpid())
+        assert ticks is not None
+        return cls(platform.node(), _boot_id(), os.getpid(), ticks)
+
+    def is_gone(self) -> bool | None:
+        """Whether it has ended; None where that cannot be told from this machine."""
+        if self.host != platform.node():
+            return None
+        return self.boot_id != _boot_id() or _start_ticks(self.pid) != self.start_ticks
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat (proc(5)), in clock ticks after boot; None for no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The second field is a name in parentheses that may itself hold spaces and parentheses.
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for a SIGTERM when the parent process ends (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

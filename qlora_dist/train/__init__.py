@@ -1,0 +1,1 @@
+"""What runs on the nodes: one process a GPU, started by torchrun. Needs torch."""

@@ -1,0 +1,108 @@
+"""A checkpoint to the adapter that ``PeftModel.from_pretrained`` reads."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qlora_dist import checkpoints
+from qlora_dist.checkpoints import Checkpoint
+from qlora_dist.errors import CheckpointError, RunDirError, UserError
+from qlora_dist.files import fsync_file, remove_tree, replace_dir, write_json
+from qlora_dist.layout import RunDir
+from qlora_dist.spec import RunSpec
+from qlora_dist.train.checkpoint import ADAPTER, STATE
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+
+def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
+    """Write ``RUN/adapter`` from a checkpoint.
+
+    Args:
+        run: The run directory.
+        spec: Its spec.
+        which: "last", "best", or a step.
+
+    Returns:
+        The checkpoint that it was made from.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or the folder cannot be written.
+        UserError: There is no such checkpoint.
+    """
+    checkpoint = find_checkpoint(run, which)
+    new = run.adapter.with_name("adapter.partial")
+    try:
+        remove_tree(new)
+        new.mkdir(mode=0o700)
+        _write_config(checkpoint, spec, new)
+        with safe_open(checkpoint.path / ADAPTER, "pt") as file:
+            weights: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        save_file(weights, new / PEFT_WEIGHTS, metadata={"format": "pt"})
+        fsync_file(new / PEFT_WEIGHTS)
+        replace_dir(new, run.adapter)
+    except OSError as error:
+        checkpoints.discard(new)
+        raise CheckpointError(checkpoints.storage_message(error, run.adapter)) from error
+    return checkpoint
+
+
+def find_checkpoint(run: RunDir, which: str) -> Checkpoint:
+    """The checkpoint that "last", "best" or a step names, checked.
+
+    Raises:
+        CheckpointError: It is damaged.
+        UserError: There is none.
+    """
+    steps = [
+        int(p.name.removeprefix("step_")) for p in checkpoints.committed_paths(run.checkpoints)
+    ]
+    if not steps:
+        raise RunDirError(f"{run.root} has no checkpoint yet")
+    last = checkpoints.open_checkpoint(checkpoints.final_path(run.checkpoints, steps[0]))
+    if which == "last":
+        return last
+    if which == "best":
+        state = json.loads((last.path / STATE).read_text(encoding="utf-8"))
+        step = state["train"]["best_step"]
+        if step is None:
+            raise UserError(f"{run.root} has no best checkpoint: nothing was evaluated")
+    else:
+        step = int(which) if which.isdigit() else -1
+    if step not in steps:
+        raise UserError(
+            f"{run.root} has no checkpoint {which!r}; there are last, best, "
+            + ", ".join(map(str, sorted(steps)))
+        )
+    return checkpoints.open_checkpoint(checkpoints.final_path(run.checkpoints, step))
+
+
+def _write_config(checkpoint: Checkpoint, spec: RunSpec, folder: Path) -> None:
+    from peft import LoraConfig
+
+    state = json.loads((checkpoint.path / STATE).read_text(encoding="utf-8"))
+    config = LoraConfig(
+        r=spec.adapter.r,
+        lora_alpha=spec.adapter.alpha,
+        lora_dropout=spec.adapter.dropout,
+        target_modules=state["target_modules"],
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=spec.model.source,
+        revision=spec.model.revision,
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    write_json(
+        folder / "training.json",
+        {
+            "run": spec.name,
+            "step": checkpoint.step,
+            "spec_sha256": checkpoint.manifest["spec_sha256"],
+            "versions": checkpoint.manifest["versions"],
+            "spec": spec.model_dump(mode="json"),
+        },
+    )

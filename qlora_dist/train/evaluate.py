@@ -1,0 +1,65 @@
+"""The evaluation loss during training."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from qlora_dist.data.tokens import Sample
+from qlora_dist.train.batch import make_batch, num_targets
+from qlora_dist.train.objective import summed_loss
+from qlora_dist.train.world import World
+
+
+def evaluation_loss(
+    model: Any,
+    samples: Sequence[Sample],
+    *,
+    world: World,
+    micro_size: int,
+    pad_id: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    check_stop: Callable[[], None],
+) -> float:
+    """Mean loss over all target tokens of ``samples``, in nats; the same on every rank.
+
+    Raises:
+        Preempted: From ``check_stop``, between two batches.
+    """
+    starts = range(0, len(samples), micro_size)
+    rounds = math.ceil(len(starts) / world.size)
+    losses: list[float] = []
+    with evaluation_mode(model), torch.no_grad():
+        for turn in range(rounds):
+            check_stop()
+            index = turn * world.size + world.rank
+            part = samples[index * micro_size : (index + 1) * micro_size]
+            if part:
+                batch = make_batch(part, pad_id=pad_id, device=world.device)
+                with autocast():
+                    losses.append(float(summed_loss(model, batch)))
+    total = math.fsum(row[0] for row in world.gather([math.fsum(losses)]))
+    return total / sum(num_targets(sample) for sample in samples)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch dropout off and back on.
+
+    bitsandbytes' layers stay in training mode: out of it, on CPUs with AVX-512 BF16, they repack
+    their weights in place, and training would go on with other numerics than before.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, mode in before:
+        if isinstance(module, Linear4bit):
+            module.train(mode)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode

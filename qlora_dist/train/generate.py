@@ -1,0 +1,176 @@
+"""Answers from a run, an adapter or a model folder."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from qlora_dist.data.corpus import load_tokenizer, prompt_of
+from qlora_dist.errors import ModelError, RunDirError
+from qlora_dist.layout import RunDir, open_run
+from qlora_dist.spec import RunSpec, spec_from_tree
+from qlora_dist.train.load import load_base
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 picks the likeliest token.
+        top_p: Nucleus sampling's mass, where temperature is not 0.
+        seed: Of the sampling.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that answers.
+
+    Attributes:
+        spec: Of the run that it comes from, whose prompt template it was trained with; None for a
+            model folder.
+        raw: Give prompts as they are.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: RunSpec | None
+    raw: bool
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Answer, piece by piece.
+
+        Raises:
+            ModelError: Prompt and answer do not fit into the model's positions.
+        """
+        from transformers import TextIteratorStreamer
+
+        inputs = self._encode(prompt)
+        length = inputs["input_ids"].shape[1]
+        positions = self.model.config.max_position_embeddings
+        if length + sampling.max_new_tokens > positions:
+            raise ModelError(
+                f"the prompt has {length} tokens, and with {sampling.max_new_tokens} new ones does "
+                f"not fit into the model's {positions}; shorten it"
+                + (f", or use --max-new-tokens {positions - length}" if length < positions else "")
+            )
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            options = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            }
+        torch.manual_seed(sampling.seed)
+        thread = Thread(
+            target=self.model.generate,
+            kwargs={
+                **inputs,
+                "max_new_tokens": sampling.max_new_tokens,
+                "eos_token_id": self.tokenizer.eos_token_id,
+                "pad_token_id": self.tokenizer.eos_token_id,
+                "streamer": streamer,
+                "use_cache": True,
+                **options,
+            },
+            daemon=True,
+        )
+        thread.start()
+        yield from streamer
+        thread.join()
+
+    def answer(self, prompt: str, sampling: Sampling) -> str:
+        """The whole answer."""
+        return "".join(self.stream(prompt, sampling)).strip()
+
+    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        text = prompt
+        if self.spec is not None and not self.raw:
+            text = prompt_of(self.spec, prompt)
+        elif not self.raw and self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        tensor = torch.tensor([ids], device=self.model.device)
+        return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+
+
+def open_generator(path: Path, *, base_only: bool = False, raw: bool = False) -> Generator:
+    """Load what ``path`` holds: a run, an adapter, or a whole model.
+
+    Raises:
+        RunDirError: It holds none of these, or the run has no adapter yet.
+        ModelError: The base is missing.
+    """
+    path = path.expanduser()
+    if (path / "run.json").exists():
+        run, spec = open_run(path)
+        return _with_adapter(spec, None if base_only else _adapter_of(run), raw=raw)
+    if (path / "adapter_config.json").exists():
+        spec = _spec_of_adapter(path)
+        return _with_adapter(spec, None if base_only else path, raw=raw)
+    if (path / "config.json").exists():
+        return _whole_model(path, raw=raw)
+    raise RunDirError(f"{path} is no run directory, no adapter and no model folder")
+
+
+def _adapter_of(run: RunDir) -> Path:
+    if not run.adapter.exists():
+        raise RunDirError(
+            f"{run.root} has no adapter yet; write it with: qlora consolidate {run.root}"
+        )
+    return run.adapter
+
+
+def _spec_of_adapter(path: Path) -> RunSpec:
+    training = path / "training.json"
+    if not training.exists():
+        raise RunDirError(
+            f"{path} was not made by this project: it has no training.json that says how its base "
+            "was quantised. Load it with peft"
+        )
+    tree = json.loads(training.read_text(encoding="utf-8"))
+    return spec_from_tree(tree["spec"], source=str(training))
+
+
+def _with_adapter(spec: RunSpec, adapter: Path | None, *, raw: bool) -> Generator:
+    from peft import PeftModel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(spec)
+    model = load_base(spec, device=device)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    return Generator(model, tokenizer, spec, raw)
+
+
+def _whole_model(path: Path, *, raw: bool) -> Generator:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", device_map={"": device}, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    model.eval()
+    return Generator(model, tokenizer, None, raw)

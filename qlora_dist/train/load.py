@@ -1,0 +1,93 @@
+"""The base model on this process's device, quantised as the spec says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dist.errors import ModelError
+from qlora_dist.hub import explain, read_token
+from qlora_dist.plan import Plan
+from qlora_dist.spec import Nf4Quantization, RunSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_base(spec: RunSpec, *, device: torch.device) -> Any:
+    """Load the base, frozen, in evaluation mode.
+
+    Returns:
+        A transformers causal language model; its linear layers but the head are bitsandbytes'
+        ``Linear4bit`` under NF4.
+
+    Raises:
+        ModelError: It is missing, gated, or does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = spec.model
+    source = model.source
+    if Path(source).expanduser().is_dir():
+        source = str(Path(source).expanduser())
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=model.revision,
+            dtype=DTYPES[model.dtype],
+            quantization_config=_quantization_config(spec),
+            attn_implementation=model.attention,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            token=read_token(model.token_file),
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model.source: {source!r} does not fit on {device}: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        message = explain(error, kind="model", key="model.source", source=model.source)
+        raise ModelError(message) from error
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return base
+
+
+def check_shape(base: Any, plan: Plan) -> None:
+    """Compare the loaded model with the shape that the plan counted.
+
+    Raises:
+        ModelError: They differ.
+    """
+    linears = [m for _, m in linear_layers(base)]
+    found = sum(m.in_features * m.out_features for m in linears)
+    if found != plan.shape.num_linear_params:
+        raise ModelError(
+            f"model.source: {plan.spec.model.source!r} has {found:,} weights in {len(linears)} "
+            f"linear layers, and the plan counted {plan.shape.num_linear_params:,}; "
+            "give its true sizes in model.shape"
+        )
+
+
+def linear_layers(base: Any) -> list[tuple[str, nn.Linear]]:
+    """Every linear layer but the output head, with its full name, in the order of the model."""
+    head = base.get_output_embeddings()
+    return [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def _quantization_config(spec: RunSpec) -> Any:
+    if not isinstance(spec.quantization, Nf4Quantization):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=spec.quantization.double,
+        bnb_4bit_compute_dtype=DTYPES[spec.model.dtype],
+    )

@@ -1,0 +1,76 @@
+"""What a run says: lines for a person, and metrics for programs. Rank 0 writes both."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.layout import RunDir
+from qlora_dist.train.world import World
+
+
+class RunLog:
+    """Lines for a person, in the attempt's run.log.
+
+    Args:
+        run: The run directory.
+        attempt: Number of the attempt.
+        world: Only rank 0 writes.
+        echo: Write to standard error too, where no launcher of ours shows the file.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, world: World, *, echo: bool) -> None:
+        self._path = run.run_log(attempt) if world.rank == 0 else None
+        self._echo = echo
+
+    def say(self, line: str) -> None:
+        """Add a line; nothing on ranks other than 0."""
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if self._echo:
+            sys.stderr.write(line + "\n")
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, ``kind`` "train" or "eval"; rank 0's.
+
+    Floats are written so that they read back bit for bit.
+    """
+
+    def __init__(self, path: Path, world: World, attempt: int) -> None:
+        self._path, self._writes, self._attempt = path, world.rank == 0, attempt
+        self.bytes = path.stat().st_size if path.exists() else 0
+
+    def cut(self, length: int) -> None:
+        """Forget what came after a checkpoint: cut the file to ``length`` bytes."""
+        if self._writes:
+            with self._path.open("ab") as file:
+                # A file that lost its end (a copied run) is left as it is.
+                if file.tell() > length:
+                    file.truncate(length)
+                    os.fsync(file.fileno())
+            self.bytes = self._path.stat().st_size
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Add one record."""
+        if not self._writes:
+            return
+        record = {"kind": kind, **values, "attempt": self._attempt, "time": time.time()}
+        line = (json.dumps(record) + "\n").encode()
+        with self._path.open("ab") as file:
+            file.write(line)
+        self.bytes += len(line)
+
+
+def redirect_output(path: Path) -> None:
+    """Send everything that this process prints, C++ libraries included, to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)

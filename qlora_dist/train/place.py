@@ -1,0 +1,33 @@
+"""Which process this is, by its environment; the only place that reads it. Imports no torch."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """What torchrun and the launcher say to a process.
+
+    Attributes:
+        rank: Global rank.
+        size: Processes over all nodes.
+        local_rank: Rank on this node.
+        attempt: Attempt that our launcher has begun; None under another launcher.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    attempt: int | None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Place":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK (torchrun) and QLORA_ATTEMPT (qlora_dist.job)."""
+        attempt = env.get("QLORA_ATTEMPT")
+        return cls(
+            int(env.get("RANK", "0")),
+            int(env.get("WORLD_SIZE", "1")),
+            int(env.get("LOCAL_RANK", "0")),
+            None if attempt is None else int(attempt),
+        )

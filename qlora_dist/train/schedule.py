@@ -1,0 +1,107 @@
+"""Who sees which sample when, and at what learning rate: pure functions of seed and step.
+
+The position in the data is one integer, the number of samples that the whole run has consumed; it
+is independent of the number of processes. Epochs join: a batch that reaches the end of one is
+filled from the next.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_dist.plan import Length
+from qlora_dist.spec import ScheduleSection
+
+# transformers' LengthGroupedSampler sorts inside groups of at most this many global batches.
+_MEGABATCH = 50
+
+
+class SampleSchedule:
+    """The order of samples over all epochs.
+
+    Args:
+        num_samples: Samples in an epoch.
+        seed: Each epoch's order follows from it and the epoch's number.
+        lengths: Tokens of each sample, int64 of shape ``(num_samples,)``, to group samples of
+            similar length; None for a plain shuffle.
+        group_size: Global batch size, the unit of grouping.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        lengths: npt.NDArray[np.int64] | None = None,
+        group_size: int = 1,
+    ) -> None:
+        assert num_samples > 0
+        self.num_samples = num_samples
+        self._seed, self._lengths, self._group_size = seed, lengths, group_size
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def samples(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """Indices of the ``count`` samples after ``position``, int64 of shape ``(count,)``."""
+        parts: list[npt.NDArray[np.int64]] = []
+        while count > 0:
+            epoch, offset = divmod(position, self.num_samples)
+            part = self._order(epoch)[offset : offset + count]
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _make_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        # Raw bits of a bit generator are stable over numpy's versions; its permutations are not.
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+        order = np.argsort(bits.random_raw(self.num_samples), kind="stable")
+        if self._lengths is None:
+            return order
+        return _group_by_length(order, self._lengths, self._group_size)
+
+
+def _group_by_length(
+    order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], group_size: int
+) -> npt.NDArray[np.int64]:
+    """Sort by length, longest first, inside groups of many batches; the longest of all comes first.
+
+    Source: transformers, trainer_pt_utils.py, get_length_grouped_indices (4.31, as the original
+    recipe used it). The longest first makes running out of memory show at once.
+    """
+    megabatch = max(1, min(len(order) // (group_size * 4), _MEGABATCH)) * group_size
+    groups = [order[start : start + megabatch] for start in range(0, len(order), megabatch)]
+    groups = [group[np.argsort(-lengths[group], kind="stable")] for group in groups]
+    longest = int(np.argmax([lengths[group[0]] for group in groups]))
+    groups[0][0], groups[longest][0] = groups[longest][0], groups[0][0]
+    return np.concatenate(groups)
+
+
+def shard(
+    samples: npt.NDArray[np.int64], *, rank: int, world_size: int, micro_size: int
+) -> npt.NDArray[np.int64]:
+    """One rank's part of a global batch.
+
+    Returns:
+        Indices of shape ``(accumulation, micro_size)``. At any world size the ranks' rows, taken
+        accumulation step by accumulation step and rank by rank, are the global batch in order.
+    """
+    return samples.reshape(-1, world_size, micro_size)[:, rank]
+
+
+def learning_rate(step: int, schedule: ScheduleSection, length: Length, *, peak: float) -> float:
+    """Learning rate of a step, the first being 0, as transformers' schedulers have it.
+
+    Warm-up rises in a line from 0 (a step of rate 0 included, as there); then constant, or down to
+    0 in a line or in half a cosine.
+    """
+    assert length.steps is not None
+    assert length.warmup_steps is not None
+    if step < length.warmup_steps:
+        return peak * step / max(1, length.warmup_steps)
+    if schedule.kind == "constant":
+        return peak
+    done = (step - length.warmup_steps) / max(1, length.steps - length.warmup_steps)
+    if schedule.kind == "linear":
+        return peak * max(0.0, 1.0 - done)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))

@@ -1,0 +1,253 @@
+"""Training from a run directory to an adapter, stage by stage; each is a module of its own."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_dist import checkpoints
+from qlora_dist.attempt import own
+from qlora_dist.checkpoints import Checkpoint
+from qlora_dist.data.corpus import Corpus, load_corpus, load_tokenizer
+from qlora_dist.engine_config import check_files
+from qlora_dist.errors import CheckpointError, PlanError, QLoRAError, RunDirError
+from qlora_dist.layout import RunDir, open_run
+from qlora_dist.plan import Length, Plan, make_plan, plan_length
+from qlora_dist.train.adapters import add_adapter, target_modules, trainable
+from qlora_dist.train.checkpoint import Checkpointer, TrainState
+from qlora_dist.train.consolidate import consolidate
+from qlora_dist.train.load import check_shape, linear_layers, load_base
+from qlora_dist.train.log import Metrics, RunLog
+from qlora_dist.train.optimizer import make_optimizer
+from qlora_dist.train.place import Place
+from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.schedule import SampleSchedule
+from qlora_dist.train.strategy import STRATEGIES, Gradients
+from qlora_dist.train.trainer import Training, fit
+from qlora_dist.train.world import World
+
+
+@dataclass
+class Progress:
+    """How far a process has come, for whoever must say how it ended."""
+
+    attempt: int | None
+    step: int = 0
+
+
+def train(run: RunDir, place: Place, stop: StopRequest, progress: Progress) -> None:
+    """Take a run to its end.
+
+    Raises:
+        Preempted: A stop was asked for, and every complete step is committed.
+        QLoRAError: See qlora_dist.errors.
+    """
+    run, spec = open_run(run.root)
+    plan = make_plan(spec)
+    if plan.not_runnable:
+        raise PlanError("\n".join(plan.not_runnable))
+    check_files(run.root, plan)
+    world = World.start(place, plan.topology, timeout_s=spec.resources.timeout_s)
+    with _attempt(run, place, world) as progress.attempt:
+        _train(run, plan, world, stop, progress, echo=place.attempt is None)
+    world.stop()
+
+
+def _train(
+    run: RunDir, plan: Plan, world: World, stop: StopRequest, progress: Progress, *, echo: bool
+) -> None:
+    spec = plan.spec
+    assert progress.attempt is not None
+    log = RunLog(run, progress.attempt, world, echo=echo)
+
+    def check_stop() -> None:
+        if world.any(stop.here()):
+            raise Preempted
+
+    _prepare_process(plan, world)
+    checkpoint = _resume_point(run, world, log)
+    tokenizer = load_tokenizer(spec)
+    corpus = load_corpus(spec, tokenizer)
+    length = plan_length(spec, len(corpus.train))
+    _say_data(log, corpus, length)
+    check_stop()
+
+    base = load_base(spec, device=world.device)
+    check_shape(base, plan)
+    targets, num_linear = target_modules(base, spec.adapter), len(linear_layers(base))
+    model = add_adapter(base, spec.adapter, seed=spec.seed)
+    model.train()
+    parameters = trainable(model)
+    _say_model(log, plan, targets, parameters, num_linear)
+    check_stop()
+
+    strategy = STRATEGIES[spec.strategy.kind](world)
+    gradients = Gradients(parameters)
+    optimizer = make_optimizer(spec.optimizer, parameters)
+    checkpointer = Checkpointer(run, spec, world, parameters, optimizer, targets)
+    state = TrainState()
+    if checkpoint is not None:
+        state = checkpointer.restore(checkpoint)
+        log.say(f"resumed after step {state.step} from {checkpoint.path.name}")
+    strategy.prepare(parameters)
+    progress.step = state.step
+    metrics = Metrics(run.metrics, world, progress.attempt)
+    metrics.cut(state.metrics_bytes)
+    autocast, track, finish_tracking = _accelerate(run, plan, world, state)
+
+    training = Training(
+        plan=plan,
+        length=length,
+        world=world,
+        stop=stop,
+        corpus=corpus,
+        # Padding is masked, so that any id serves.
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        schedule=SampleSchedule(
+            len(corpus.train),
+            seed=spec.seed,
+            lengths=corpus.lengths if spec.data.group_by_length else None,
+            group_size=spec.batch.global_size,
+        ),
+        model=model,
+        parameters=parameters,
+        optimizer=optimizer,
+        strategy=strategy,
+        gradients=gradients,
+        autocast=autocast,
+        checkpointer=checkpointer,
+        metrics=metrics,
+        track=track,
+        say=log.say,
+    )
+    try:
+        fit(training, state)
+    finally:
+        progress.step = training.step
+        finish_tracking()
+    if world.rank == 0:
+        consolidate(run, spec)
+        log.say(f"adapter written to {run.adapter}")
+    world.barrier()
+
+
+@contextmanager
+def _attempt(run: RunDir, place: Place, world: World) -> Iterator[int]:
+    """The attempt's number: the launcher's, or, under another launcher, one that rank 0 begins."""
+    if place.attempt is not None:
+        yield place.attempt
+    elif world.rank == 0:
+        try:
+            with own(run) as number:
+                world.from_rank_0(number)
+                yield number
+        except RunDirError as error:
+            world.from_rank_0(str(error))
+            raise
+    else:
+        told = world.from_rank_0(None)
+        if isinstance(told, str):
+            raise RunDirError(told)
+        yield told
+
+
+def _prepare_process(plan: Plan, world: World) -> None:
+    """Set threads and generators.
+
+    Each rank draws dropout of its own; the adapter's start and the order of the data use none of
+    these generators.
+    """
+    if plan.topology.device == "cpu":
+        cores = len(os.sched_getaffinity(0)) // plan.topology.processes_per_node
+        torch.set_num_threads(plan.spec.resources.cpus_per_process or max(1, cores))
+    seed = int(np.random.SeedSequence([plan.spec.seed, world.rank]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _resume_point(run: RunDir, world: World, log: RunLog) -> Checkpoint | None:
+    """The newest valid checkpoint, chosen by rank 0 and told to all."""
+    told: dict[str, str] = {}
+    if world.rank == 0:
+        try:
+            found, set_aside = checkpoints.newest_valid(run.checkpoints)
+            for line in set_aside:
+                log.say(line)
+            told = {"path": str(found.path)} if found else {}
+        except CheckpointError as error:
+            told = {"error": str(error)}
+    told = world.from_rank_0(told)
+    if "error" in told:
+        raise CheckpointError(told["error"])
+    if "path" not in told:
+        return None
+    # Rank 0 has read every byte; the others need the manifest only.
+    return checkpoints.read_manifest(told["path"])
+
+
+def _say_data(log: RunLog, corpus: Corpus, length: Length) -> None:
+    lengths = corpus.lengths
+    log.say(
+        f"data: {len(corpus.train):,} samples to train on, {len(corpus.validation):,} held out, "
+        f"{int(lengths.sum()):,} tokens, {lengths.mean():.0f} a sample"
+    )
+    for reason, count in corpus.dropped.items():
+        log.say(f"data: {count:,} left out: {reason}")
+    log.say(f"length: {length.steps:,} steps, {length.epochs:.2f} epochs")
+
+
+def _say_model(
+    log: RunLog, plan: Plan, targets: list[str], parameters: Any, num_layers: int
+) -> None:
+    count = sum(p.numel() for p in parameters.values())
+    if count != plan.num_adapter_params:
+        raise QLoRAError(
+            f"adapter: {count:,} trainable parameters, and the plan counted "
+            f"{plan.num_adapter_params:,}"
+        )
+    adapted = len(parameters) // 2
+    log.say(
+        f"adapter: r={plan.spec.adapter.r} on {adapted} of {num_layers} linear layers "
+        f"({', '.join(targets)}), {count:,} parameters"
+    )
+
+
+def _accelerate(
+    run: RunDir, plan: Plan, world: World, state: TrainState
+) -> tuple[
+    Callable[[], AbstractContextManager[Any]],
+    Callable[[dict[str, float], int], None],
+    Callable[[], None],
+]:
+    """Autocast and trackers, which Accelerate gives.
+
+    Returns:
+        ``(autocast, track, finish)``.
+    """
+    from accelerate import Accelerator
+
+    spec = plan.spec
+    tracker = None if spec.tracking.kind == "none" else spec.tracking.kind
+    accelerator = Accelerator(
+        mixed_precision="bf16" if spec.model.dtype == "bf16" else "no",
+        cpu=world.device.type == "cpu",
+        log_with=tracker,
+        project_dir=str(run.root),
+    )
+    if tracker is None:
+        return accelerator.autocast, lambda *_: None, lambda: None
+    # What an earlier attempt logged after its checkpoint gives way to this one's.
+    accelerator.init_trackers(
+        run.tracking.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}}
+    )
+
+    def track(values: dict[str, float], step: int) -> None:
+        accelerator.log(values, step=step)
+
+    return accelerator.autocast, track, accelerator.end_training

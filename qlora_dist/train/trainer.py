@@ -1,0 +1,226 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dist.data.corpus import Corpus
+from qlora_dist.errors import DivergedError
+from qlora_dist.plan import Length, Plan
+from qlora_dist.train.batch import make_batch, num_targets
+from qlora_dist.train.checkpoint import Checkpointer, TrainState
+from qlora_dist.train.evaluate import evaluation_loss
+from qlora_dist.train.log import Metrics
+from qlora_dist.train.objective import summed_loss
+from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.schedule import SampleSchedule, learning_rate, shard
+from qlora_dist.train.strategy import Gradients, Strategy
+from qlora_dist.train.world import World
+
+
+@dataclass
+class Training:
+    """Everything that a loop works on; made by the worker, in the order of these lines.
+
+    Attributes:
+        length: Steps and warm-up, now that the samples are counted.
+        model: Base with adapter, on its device.
+        parameters: Its trainable parameters by name.
+        autocast: Gives the context that forward passes run in.
+        track: Takes a dict of numbers and a step for the curves.
+        step: Steps that are complete, for whoever has to say where the run ended.
+    """
+
+    plan: Plan
+    length: Length
+    world: World
+    stop: StopRequest
+    corpus: Corpus
+    pad_id: int
+    schedule: SampleSchedule
+    model: Any
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Any
+    strategy: Strategy
+    gradients: Gradients
+    autocast: Callable[[], AbstractContextManager[Any]]
+    checkpointer: Checkpointer
+    metrics: Metrics
+    track: Callable[[dict[str, float], int], None]
+    say: Callable[[str], None]
+    step: int = 0
+
+    def check_stop(self) -> None:
+        """Agree with the other ranks on whether to go on; all ranks call this together.
+
+        Raises:
+            Preempted: Some rank was asked to stop.
+        """
+        if self.world.any(self.stop.here()):
+            raise Preempted
+
+
+def fit(t: Training, state: TrainState) -> TrainState:
+    """Train from ``state`` to the last step.
+
+    Every pass of the loop stands between two steps: evaluate there if that is due, save if that is
+    due, then take the next step. A resumed run enters at the same place.
+
+    Returns:
+        The last state, which is committed.
+
+    Raises:
+        Preempted: A stop was asked for; the last complete step is committed.
+        DivergedError: Loss or gradient is not finite; nothing after the last checkpoint is kept.
+        CheckpointError: A checkpoint could not be written.
+    """
+    spec = t.plan.spec
+    assert t.length.steps is not None
+    saved_step = state.step
+    try:
+        while True:
+            t.step = state.step
+            last = state.step == t.length.steps
+            improved = False
+            if _evaluation_due(t, state, last=last):
+                state = _evaluate(t, state)
+                improved = state.best_step == state.step and spec.checkpoint.keep_best
+            save_due = last or state.step % spec.checkpoint.every_steps == 0 or improved
+            if save_due and state.step > saved_step:
+                state = _save(t, state)
+                saved_step = state.step
+            if last:
+                return state
+            state = _train_step(t, state)
+    except Preempted:
+        if state.step > saved_step:
+            _save(t, state)
+        raise
+
+
+def _train_step(t: Training, state: TrainState) -> TrainState:
+    """One optimizer step on the next global batch; dropped whole if a stop comes inside."""
+    spec, begin = t.plan.spec, time.perf_counter()
+    samples = t.schedule.samples(state.position, spec.batch.global_size)
+    total_targets = sum(num_targets(t.corpus.train[i]) for i in samples)
+    total_tokens = sum(len(t.corpus.train[i].ids) for i in samples)
+    mine = shard(
+        samples, rank=t.world.rank, world_size=t.world.size, micro_size=spec.batch.micro_size
+    )
+    lr = learning_rate(state.step, spec.schedule, t.length, peak=spec.optimizer.lr)
+
+    t.gradients.zero()
+    loss = torch.zeros((), device=t.world.device)
+    for micro in mine:
+        t.check_stop()
+        batch = make_batch(
+            [t.corpus.train[i] for i in micro], pad_id=t.pad_id, device=t.world.device
+        )
+        with t.autocast():
+            part = summed_loss(t.model, batch) / total_targets
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+    t.strategy.reduce(t.gradients)
+    grad_norm = _clip(t, spec.optimizer.max_grad_norm)
+    mean_loss = math.fsum(row[0] for row in t.world.gather([loss.item()]))
+    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+        raise DivergedError(
+            f"step {state.step + 1}: loss {mean_loss}, gradient norm {grad_norm}, on samples "
+            f"{samples.tolist()}; the last checkpoint is from before. Try a lower optimizer.lr"
+        )
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr
+    t.optimizer.step()
+
+    state = replace(
+        state,
+        step=state.step + 1,
+        position=state.position + len(samples),
+        tokens=state.tokens + total_tokens,
+    )
+    _report(
+        t, state, mean_loss, lr, grad_norm, samples.tolist(), total_tokens, total_targets, begin
+    )
+    return state
+
+
+def _clip(t: Training, max_norm: float | None) -> float:
+    """Scale the gradients down to ``max_norm``; their norm before that."""
+    limit = math.inf if max_norm is None else max_norm
+    return float(torch.nn.utils.clip_grad_norm_(list(t.parameters.values()), limit))
+
+
+def _report(
+    t: Training,
+    state: TrainState,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+    samples: list[int],
+    tokens: int,
+    targets: int,
+    begin: float,
+) -> None:
+    cuda = t.world.device.type == "cuda"
+    seconds = time.perf_counter() - begin
+    curves = {
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_s": tokens / seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+    }
+    t.metrics.write(
+        "train",
+        step=state.step,
+        num_steps=t.length.steps,
+        **curves,
+        tokens=tokens,
+        target_tokens=targets,
+        step_s=seconds,
+        position=state.position,
+        samples=samples,
+    )
+    t.track(curves, state.step)
+
+
+def _evaluation_due(t: Training, state: TrainState, *, last: bool) -> bool:
+    if not t.corpus.validation or state.evaluated_step == state.step:
+        return False
+    every = t.plan.spec.evaluation.every_steps
+    return state.step == 0 or last or (every is not None and state.step % every == 0)
+
+
+def _evaluate(t: Training, state: TrainState) -> TrainState:
+    loss = evaluation_loss(
+        t.model,
+        t.corpus.validation,
+        world=t.world,
+        micro_size=t.plan.spec.evaluation.micro_size,
+        pad_id=t.pad_id,
+        autocast=t.autocast,
+        check_stop=t.check_stop,
+    )
+    t.metrics.write("eval", step=state.step, loss=loss, rows=len(t.corpus.validation))
+    t.track({"eval_loss": loss}, state.step)
+    t.say(f"step {state.step}: held-out loss {loss:.4f}")
+    state = replace(state, evaluated_step=state.step)
+    # Step 0 is the base's own loss, which has no checkpoint to keep.
+    if state.step > 0 and (state.best_loss is None or loss < state.best_loss):
+        state = replace(state, best_step=state.step, best_loss=loss)
+    return state
+
+
+def _save(t: Training, state: TrainState) -> TrainState:
+    begin = time.perf_counter()
+    # metrics.bytes is rank 0's; only rank 0 writes the state.
+    state = replace(state, metrics_bytes=t.metrics.bytes)
+    t.checkpointer.save(state)
+    t.say(f"step {state.step}: checkpoint committed in {time.perf_counter() - begin:.1f} s")
+    return state

@@ -1,0 +1,64 @@
+"""``python -m qlora_dist.train.worker RUN``: one process of a run, to its end.
+
+This file is what surrounds training: signals, logs, and a file that says how the process ended.
+The stages themselves are in ``qlora_dist.train.stages``.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+from qlora_dist import ends
+from qlora_dist.attempt import register_rank
+from qlora_dist.errors import QLoRAError
+from qlora_dist.layout import RunDir
+from qlora_dist.train.place import Place
+from qlora_dist.train.preempt import Preempted, StopRequest
+
+# Ends that every rank comes to together; for the rest torchrun must end the other ranks.
+_AGREED = (ends.DONE, ends.PREEMPTED)
+
+
+def main(run_path: str) -> int:
+    """Train, and say how it ended; returns the process's exit code."""
+    # Before torch is imported: that takes seconds, in which a signal would end the process.
+    stop = StopRequest()
+    stop.install()
+    place = Place.from_env()
+    run = RunDir(Path(run_path).absolute())
+    if place.attempt is not None:
+        from qlora_dist.train.log import redirect_output
+
+        redirect_output(run.rank_log(place.attempt, place.rank))
+        register_rank(run.rank_file(place.attempt, place.rank))
+        stop.file = run.stop_file(place.attempt)
+
+    from qlora_dist.train.stages import Progress, train
+
+    progress = Progress(place.attempt)
+    code, cause = ends.DONE, "trained to the last step"
+    try:
+        train(run, place, stop, progress)
+    except Preempted:
+        code, cause = ends.PREEMPTED, f"stopped after step {progress.step}"
+    except QLoRAError as error:
+        code, cause = error.exit_code, str(error)
+        sys.stderr.write(f"{cause}\n")
+    except Exception as error:
+        traceback.print_exc()
+        code, cause = ends.FAILED, f"{type(error).__name__}: {error}"
+    if progress.attempt is not None:
+        ends.write_rank_end(
+            run.rank_file(progress.attempt, place.rank),
+            rank=place.rank,
+            code=code,
+            cause=cause,
+            step=progress.step,
+        )
+    if place.attempt is None:
+        return code
+    return 0 if code in _AGREED else code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Slurm: cluster profiles and job submission. Runs on login nodes, and imports no torch."""
