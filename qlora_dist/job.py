@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
     with own(run) as attempt:
-        process = _start(run, attempt, command["argv"], command["env"])
+        process = _start(run, attempt, command["args"], command["env"])
         with (
             _Stops(run, attempt, process, say),
             Console(run, attempt, say, bar=progress) as console,
@@ -55,13 +56,13 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
 
 
 def _start(
-    run: RunDir, attempt: int, argv: Sequence[str], env: Mapping[str, str]
+    run: RunDir, attempt: int, args: Sequence[str], env: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     """Start torchrun in a session of its own: a terminal's Ctrl-C is for the launcher."""
     log = run.launcher_log(attempt).open("wb")
     with log:
         return subprocess.Popen(
-            argv,
+            [sys.executable, *args, str(run.root)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

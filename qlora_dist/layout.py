@@ -5,7 +5,7 @@
     run.json          the resolved spec: the one source of truth for every process of the run
     accelerate.yaml   what `accelerate launch` needs to start the same processes
     ds_config.json    what DeepSpeed's engine reads (zero2, zero3)
-    command.json      argv and environment that the launcher uses
+    command.json      arguments and environment of torchrun
     owner.json        which launcher has the run now
     control/          requests to a running attempt, such as stop-000
     attempts/000/     attempt.json, ranks/00000.json, logs/
@@ -47,7 +47,7 @@ class RunDir:
 
     @property
     def command_json(self) -> Path:
-        """The launcher's argv and environment."""
+        """Arguments and environment of torchrun."""
         return self.root / "command.json"
 
     @property

@@ -40,11 +40,12 @@ INTERPRETER_BYTES = GIB
 
 @dataclass(frozen=True)
 class Component:
-    """One line of the account."""
+    """One line of the account; ``in_torch`` says whether torch's allocator holds it."""
 
     name: str
     bytes: int
     why: str
+    in_torch: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class MemoryPlan:
 
     Attributes:
         components: The lines.
-        peak_bytes: Their sum without the slack: what torch's allocator should report as its peak.
+        peak_bytes: Their sum without the slack and paged moments, which torch's allocator does not
+            know of: what it should report as its peak.
         needed_bytes: Their sum: what the device must have.
         available_bytes: What the named GPU has; None where none is named.
     """
@@ -136,10 +138,10 @@ def plan_memory(
         *_training_state(spec, shape, shards, world_size),
         *_activations(spec, shape, tokens),
     )
-    peak = sum(line.bytes for line in lines)
     lines += (_slack(spec, world_size),)
-    slack = lines[-1].bytes
-    return MemoryPlan(lines, peak, peak + slack, gpu_bytes(spec.resources.gpu))
+    needed = sum(line.bytes for line in lines)
+    peak = sum(line.bytes for line in lines if line.in_torch)
+    return MemoryPlan(lines, peak, needed, gpu_bytes(spec.resources.gpu))
 
 
 def gpu_bytes(name: str | None) -> int | None:
@@ -239,6 +241,7 @@ def _training_state(
             "optimizer",
             moments,
             "two moments a parameter" + (", paged: may move to host memory" if paged else ""),
+            in_torch=not paged,
         ),
     )
 
@@ -267,9 +270,10 @@ def _activations(spec: RunSpec, shape: ModelShape, tokens: int) -> tuple[Compone
 
 def _slack(spec: RunSpec, world_size: int) -> Component:
     if spec.resources.gpus_per_node == 0:
-        return Component("slack", INTERPRETER_BYTES, "the interpreter and its libraries")
+        return Component("slack", INTERPRETER_BYTES, "the interpreter and its libraries", False)
     slack = CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
-    return Component("slack", slack, "CUDA context and workspaces outside torch's allocator")
+    why = "CUDA context and workspaces outside torch's allocator"
+    return Component("slack", slack, why, in_torch=False)
 
 
 def _targets(spec: RunSpec, shape: ModelShape) -> list[str]:

@@ -45,7 +45,7 @@ class ModelSection(Section):
     source: Text = Field(examples=["huggyllama/llama-7b"])
     """Folder with the model, or its name on the hub."""
     revision: Text | None = None
-    """Commit, tag or branch on the hub; a first fetch pins the commit in run.json."""
+    """Commit, tag or branch on the hub; the newest if absent."""
     shape: Text | ModelShape | None = None
     """Name of a known shape, or a shape in full, where neither the table of hub names nor a local
     config.json tells it."""

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -277,7 +278,10 @@ def _generate(args: argparse.Namespace) -> int:
     for prompt in prompts:
         if len(prompts) > 1:
             print(f"> {prompt}")
-        for piece in generator.stream(prompt, sampling):
-            print(piece, end="", flush=True)
+        generator.answer(prompt, sampling, on_text=partial(print, end="", flush=True))
         print()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,7 +38,7 @@ def render(plan: Plan) -> Bundle:
     """Put a plan into files and a command; touches nothing."""
     spec = plan.spec
     run_dir = run_dir_of(spec)
-    argv = torchrun_argv(plan, run_dir)
+    args = torchrun_args(plan)
     env = process_env(plan)
     files = {
         "run.json": _json(
@@ -51,13 +51,13 @@ def render(plan: Plan) -> Bundle:
         ),
         "accelerate.yaml": yaml.safe_dump(accelerate_config(plan), sort_keys=True),
         "command.json": _json(
-            {"argv": list(argv), "env": env, "world_size": plan.topology.world_size}
+            {"args": list(args), "env": env, "world_size": plan.topology.world_size}
         ),
     }
     engine = deepspeed_config(plan)
     if engine is not None:
         files["ds_config.json"] = _json(engine)
-    return Bundle(run_dir, files, argv, env)
+    return Bundle(run_dir, files, (sys.executable, *args, str(run_dir)), env)
 
 
 def run_dir_of(spec: RunSpec) -> Path:
@@ -65,10 +65,13 @@ def run_dir_of(spec: RunSpec) -> Path:
     return Path(spec.run_dir or f"runs/{spec.name}").expanduser().absolute()
 
 
-def torchrun_argv(plan: Plan, run_dir: Path) -> tuple[str, ...]:
-    """The torchrun command of one node; a list, so that no path is ever quoted."""
+def torchrun_args(plan: Plan) -> tuple[str, ...]:
+    """What Python is given on each node, less the run directory, which comes last.
+
+    Neither the interpreter nor the folder is written down: the interpreter is the one that the
+    node's job runs in, and a run that was moved is started where it lies.
+    """
     return (
-        sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -77,7 +80,6 @@ def torchrun_argv(plan: Plan, run_dir: Path) -> tuple[str, ...]:
         "--monitor-interval=0.2",
         "-m",
         "qlora_dist.train.worker",
-        str(run_dir),
     )
 
 

@@ -52,7 +52,9 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     yield f"memory of one {where}"
     for line in plan.memory.components:
         yield _row(line.name, _gib(line.bytes), line.why)
-    yield _row("predicted peak", _gib(plan.memory.peak_bytes), "the sum, less the slack")
+    yield _row(
+        "predicted peak", _gib(plan.memory.peak_bytes), "the sum of what torch's allocator holds"
+    )
     yield _row("needed", _gib(plan.memory.needed_bytes), "the sum")
     yield _fit_line(plan)
     for reason in plan.not_runnable:

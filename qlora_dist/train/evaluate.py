@@ -48,16 +48,17 @@ def evaluation_loss(
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Switch dropout off and back on.
 
-    bitsandbytes' layers stay in training mode: out of it, on CPUs with AVX-512 BF16, they repack
-    their weights in place, and training would go on with other numerics than before.
+    bitsandbytes' layers are put in training mode: out of it, on CPUs with AVX-512 BF16, they repack
+    their weights in place, which changes the numerics of all that follows, and fails where a width
+    is no multiple of 64 (bitsandbytes 0.50.2).
     """
     from bitsandbytes.nn import Linear4bit
 
     before = [(module, module.training) for module in model.modules()]
     model.eval()
-    for module, mode in before:
+    for module, _ in before:
         if isinstance(module, Linear4bit):
-            module.train(mode)
+            module.train()
     try:
         yield
     finally:

@@ -1,10 +1,9 @@
 """Answers from a run, an adapter or a model folder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from qlora_dist.data.corpus import load_tokenizer, prompt_of
 from qlora_dist.errors import ModelError, RunDirError
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.spec import RunSpec, spec_from_tree
+from qlora_dist.train.evaluate import evaluation_mode
 from qlora_dist.train.load import load_base
 
 
@@ -48,24 +48,28 @@ class Generator:
     spec: RunSpec | None
     raw: bool
 
-    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        """Answer, piece by piece.
+    def answer(
+        self, prompt: str, sampling: Sampling, *, on_text: Callable[[str], None] | None = None
+    ) -> str:
+        """Answer a prompt.
+
+        Args:
+            prompt: The question, or with ``raw`` the text to go on from.
+            sampling: How to choose tokens.
+            on_text: Takes each piece of the answer as soon as it is known.
 
         Raises:
             ModelError: Prompt and answer do not fit into the model's positions.
         """
-        from transformers import TextIteratorStreamer
-
-        inputs = self._encode(prompt)
-        length = inputs["input_ids"].shape[1]
+        ids = self._encode(prompt)
         positions = self.model.config.max_position_embeddings
-        if length + sampling.max_new_tokens > positions:
+        if ids.shape[1] + sampling.max_new_tokens > positions:
+            room = positions - ids.shape[1]
             raise ModelError(
-                f"the prompt has {length} tokens, and with {sampling.max_new_tokens} new ones does "
-                f"not fit into the model's {positions}; shorten it"
-                + (f", or use --max-new-tokens {positions - length}" if length < positions else "")
+                f"the prompt has {ids.shape[1]} tokens, and with {sampling.max_new_tokens} new "
+                f"ones does not fit into the model's {positions}; shorten it"
+                + (f", or use --max-new-tokens {room}" if room > 0 else "")
             )
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             options = {
@@ -74,28 +78,23 @@ class Generator:
                 "top_p": sampling.top_p,
             }
         torch.manual_seed(sampling.seed)
-        thread = Thread(
-            target=self.model.generate,
-            kwargs={
-                **inputs,
-                "max_new_tokens": sampling.max_new_tokens,
-                "eos_token_id": self.tokenizer.eos_token_id,
-                "pad_token_id": self.tokenizer.eos_token_id,
-                "streamer": streamer,
-                "use_cache": True,
+        pieces: list[str] = []
+        takers = [pieces.append] if on_text is None else [pieces.append, on_text]
+        with evaluation_mode(self.model):
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.eos_token_id,
+                streamer=_streamer(self.tokenizer, takers),
+                use_cache=True,
                 **options,
-            },
-            daemon=True,
-        )
-        thread.start()
-        yield from streamer
-        thread.join()
+            )
+        return "".join(pieces).strip()
 
-    def answer(self, prompt: str, sampling: Sampling) -> str:
-        """The whole answer."""
-        return "".join(self.stream(prompt, sampling)).strip()
-
-    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+    def _encode(self, prompt: str) -> torch.Tensor:
+        """Token ids, int64 of shape ``(1, tokens)``, on the model's device."""
         text = prompt
         if self.spec is not None and not self.raw:
             text = prompt_of(self.spec, prompt)
@@ -107,8 +106,7 @@ class Generator:
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        tensor = torch.tensor([ids], device=self.model.device)
-        return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+        return torch.tensor([ids], device=self.model.device)
 
 
 def open_generator(path: Path, *, base_only: bool = False, raw: bool = False) -> Generator:
@@ -128,6 +126,18 @@ def open_generator(path: Path, *, base_only: bool = False, raw: bool = False) ->
     if (path / "config.json").exists():
         return _whole_model(path, raw=raw)
     raise RunDirError(f"{path} is no run directory, no adapter and no model folder")
+
+
+def _streamer(tokenizer: Any, takers: Sequence[Callable[[str], None]]) -> Any:
+    """A streamer that hands whole words to ``takers``."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            for take in takers:
+                take(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _adapter_of(run: RunDir) -> Path:
@@ -157,7 +167,6 @@ def _with_adapter(spec: RunSpec, adapter: Path | None, *, raw: bool) -> Generato
     model = load_base(spec, device=device)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    model.eval()
     return Generator(model, tokenizer, spec, raw)
 
 
@@ -172,5 +181,4 @@ def _whole_model(path: Path, *, raw: bool) -> Generator:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
-    model.eval()
     return Generator(model, tokenizer, None, raw)

