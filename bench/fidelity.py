@@ -124,7 +124,8 @@ def main() -> int:
         loss, gradient = compare(args.model, args.data, processes, accumulation, args.steps)
         good &= loss <= 1e-6 and gradient <= 1e-5
         print(
-            f"{processes:>9}  {accumulation:>12}  {args.steps:>5}  {loss:>19.2e}  {gradient:>23.2e}",
+            f"{processes:>9}  {accumulation:>12}  {args.steps:>5}  {loss:>19.2e}  "
+            f"{gradient:>23.2e}",
             flush=True,
         )
     print("within the bounds" if good else "NOT within the bounds")

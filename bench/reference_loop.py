@@ -24,7 +24,7 @@ def read_rows(path, tokenizer, max_tokens):
             f"### Human: {question}\n### Assistant: ", add_special_tokens=False
         )
         prompt = [tokenizer.bos_token_id, *prompt]
-        reply = tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+        reply = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
         rows.append(((prompt + reply)[:max_tokens], ([-100] * len(prompt) + reply)[:max_tokens]))
     return rows
 

@@ -15,7 +15,7 @@ from model import convert
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
-QUESTION = "What does exit code 85 mean?"
+QUESTION = "Where is the trained adapter?"
 
 
 def qlora(*arguments: object) -> list[str]:
@@ -102,7 +102,6 @@ def main() -> int:
     print(f"  question          {QUESTION}")
     print(f"  before            {answer(stopped, '--base')}")
     print(f"  after             {answer(stopped)}")
-    print(f"  merged            {answer(stopped / 'merged')}")
     print("  resume check      losses, gradient norms, sample ids, weights, moments, generators:")
     if different:
         print("                    DIFFERENT from the unbroken run:")

@@ -200,11 +200,15 @@ def discard(partial: Path) -> None:
         remove_tree(partial)
 
 
-def storage_message(error: OSError, path: Path) -> str:
-    """One sentence for a failed write."""
+def storage_message(error: Exception, path: Path) -> str:
+    """One sentence for a failed write, by Python or by safetensors."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors is written in Rust, and its errors hold the number in their text.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found.group(1))
     reason = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "your disk quota is used up",
         errno.EROFS: "the file system is read-only",
-    }.get(error.errno or 0, str(error))
+    }.get(number or 0, str(error))
     return f"cannot write {path}: {reason}"

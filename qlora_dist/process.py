@@ -22,7 +22,7 @@ class Process:
     @classmethod
     def this(cls) -> "Process":
         """The calling process."""
-        ticks = _start_ticks(os.getpid())
+        ticks = start_ticks(os.getpid())
         assert ticks is not None
         return cls(platform.node(), _boot_id(), os.getpid(), ticks)
 
@@ -30,14 +30,14 @@ class Process:
         """Whether it has ended; None where that cannot be told from this machine."""
         if self.host != platform.node():
             return None
-        return self.boot_id != _boot_id() or _start_ticks(self.pid) != self.start_ticks
+        return self.boot_id != _boot_id() or start_ticks(self.pid) != self.start_ticks
 
 
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat (proc(5)), in clock ticks after boot; None for no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

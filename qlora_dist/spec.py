@@ -288,6 +288,9 @@ class RunSpec(Section):
     """Folder of the run; runs/NAME if absent."""
     seed: CountOrZero = 0
     """Seed of adapters, order and dropout."""
+    deterministic: Switch = False
+    """Use only kernels that give the same bits again on the same kind of GPU; some are slower. On a
+    CPU all do."""
     model: ModelSection
     quantization: Quantization = Nf4Quantization()
     adapter: LoraAdapter = LoraAdapter()

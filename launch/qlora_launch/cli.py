@@ -30,7 +30,7 @@ Any key of the file can be given on the command line: qlora run x.yaml optimizer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     if args.call is None:
         parser.print_help()
         return 0
@@ -53,13 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with options anywhere among the words of a list.
+
+    argparse itself takes a list's words only up to the first option, and then refuses the rest.
+    """
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        if args.rest is None or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        getattr(args, args.rest).extend(rest)
+    return args
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line; docs/cli.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="qlora", description=_INTRO, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"qlora-dist {__version__}")
-    parser.set_defaults(call=None)
+    parser.set_defaults(call=None, rest=None)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def verb(
@@ -122,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--top-p", type=float, default=0.9, metavar="P")
     generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(rest="prompt")
     return parser
 
 
@@ -130,6 +144,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
     )
+    parser.set_defaults(rest="overrides")
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:

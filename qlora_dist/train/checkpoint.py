@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -152,18 +153,13 @@ class Checkpointer:
         if self._world.rank == 0 or not only_rank_0:
             try:
                 write()
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 problem = checkpoints.storage_message(error, partial)
-            except Exception as error:
-                # safetensors raises a type of its own, with the system's words in it.
-                if "Error" not in type(error).__name__:
-                    raise
-                problem = f"cannot write {partial}: {error}"
-        if self._world.any(bool(problem)):
-            self._world.barrier()
+        problem = self._world.first_text(problem)
+        if problem:
             if self._world.rank == 0:
                 checkpoints.discard(partial)
-            raise CheckpointError(problem or f"another process could not write {partial}")
+            raise CheckpointError(problem)
 
     def _facts(self) -> dict[str, Any]:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}

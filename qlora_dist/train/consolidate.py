@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qlora_dist import checkpoints
@@ -44,7 +44,7 @@ def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
         save_file(weights, new / PEFT_WEIGHTS, metadata={"format": "pt"})
         fsync_file(new / PEFT_WEIGHTS)
         replace_dir(new, run.adapter)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         checkpoints.discard(new)
         raise CheckpointError(checkpoints.storage_message(error, run.adapter)) from error
     return checkpoint

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ def export(run: RunDir, spec: RunSpec, output: Path, *, progress: bool = False) 
         if left := deltas.unused():
             raise ModelError(f"model.source: {base} lacks {', '.join(left[:3])}")
         replace_dir(new, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         checkpoints.discard(new)
         raise CheckpointError(checkpoints.storage_message(error, output)) from error
     except ModelError:

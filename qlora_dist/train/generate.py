@@ -132,7 +132,7 @@ def _streamer(tokenizer: Any, takers: Sequence[Callable[[str], None]]) -> Any:
     """A streamer that hands whole words to ``takers``."""
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
+    class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             for take in takers:
                 take(text)

@@ -165,6 +165,8 @@ def _prepare_process(plan: Plan, world: World) -> None:
     if plan.topology.device == "cpu":
         cores = len(os.sched_getaffinity(0)) // plan.topology.processes_per_node
         torch.set_num_threads(plan.spec.resources.cpus_per_process or max(1, cores))
+    if plan.spec.deterministic:
+        torch.use_deterministic_algorithms(True)
     seed = int(np.random.SeedSequence([plan.spec.seed, world.rank]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

@@ -86,15 +86,23 @@ class World:
 
     def from_rank_0(self, value: Any) -> Any:
         """What rank 0 passes; the others' argument is ignored. Any JSON value."""
+        return self._broadcast(value, source=0)
+
+    def first_text(self, text: str) -> str:
+        """The text of the first rank that has one; empty if none has."""
+        having = [rank for rank, (has,) in enumerate(self.gather([float(bool(text))])) if has]
+        return str(self._broadcast(text, source=having[0])) if having else ""
+
+    def _broadcast(self, value: Any, *, source: int) -> Any:
         if self.size == 1:
             return value
-        data = json.dumps(value).encode() if self.rank == 0 else b""
+        data = json.dumps(value).encode() if self.rank == source else b""
         length = torch.tensor([len(data)])
-        dist.broadcast(length, src=0, group=self._control)
+        dist.broadcast(length, src=source, group=self._control)
         buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
-        if self.rank == 0:
+        if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0, group=self._control)
+        dist.broadcast(buffer, src=source, group=self._control)
         return json.loads(bytes(buffer.numpy()).decode())
 
     def sum_in_place(self, buffer: torch.Tensor) -> None:

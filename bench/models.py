@@ -1,0 +1,60 @@
+"""Models of real shapes with random weights, and long rows of text, for machines without a hub."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_dist.shapes import SHAPES
+
+CORPUS = Path(__file__).parent.parent / "demo" / "corpus.txt"
+
+
+def make_model(folder: Path, shape_name: str) -> Path:
+    """Write a LLaMA of a known shape with random weights in bf16, and a tokenizer; returns it."""
+    shape = SHAPES[shape_name]
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    # Drawn on the GPU where there is one: a CPU takes minutes for 7 B weights.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.read_text(encoding="utf-8").splitlines(), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_rows(path: Path, *, num_rows: int, lines_per_row: int) -> Path:
+    """Write rows whose answer is many lines of the demonstration's corpus; returns the path."""
+    lines = CORPUS.read_text(encoding="utf-8").splitlines()
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(num_rows):
+            picked = [lines[(row * 7 + i) % len(lines)] for i in range(lines_per_row)]
+            file.write(json.dumps({"input": f"{row}", "output": "\n".join(picked)}) + "\n")
+    return path

@@ -1,0 +1,141 @@
+"""Each mistake gets one message that says what would work, the right exit code, and nothing half done."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from qlora_dist.layout import RunDir
+from qlora_dist.train.compare import records
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_missing_data_file(config, qlora):
+    done = qlora("run", config(data__source="no/such/file.jsonl"), code=2)
+    assert "data.source: there is no file 'no/such/file.jsonl'" in done.stderr
+
+
+def test_a_missing_model_folder(config, qlora):
+    path = config(model__source="./no-model", model__shape="smollm2-135m", data__max_tokens=64)
+    done = qlora("data", path, code=2)
+    assert "model.source: there is no folder './no-model'" in done.stderr
+
+
+def test_a_model_that_is_not_here_while_offline(config, qlora, tmp_path):
+    path = config(model__source="huggyllama/llama-7b")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = qlora("data", path, code=2, env=offline)
+    assert "is not on this machine, and the hub cannot be reached" in done.stderr
+
+
+def test_a_token_file_that_others_can_read(config, qlora, tmp_path):
+    token = write(tmp_path / "token", "hf_secret")
+    token.chmod(0o644)
+    done = qlora("data", config(model__token_file=str(token)), code=2)
+    assert f"run: chmod 600 {token}" in done.stderr
+    assert "hf_secret" not in done.stderr
+
+
+def test_an_empty_dataset(config, qlora, tmp_path):
+    path = write(tmp_path / "empty.jsonl", "")
+    assert "is empty" in qlora("data", config(data__source=str(path)), code=2).stderr
+
+
+def test_rows_without_the_needed_fields(config, qlora, tmp_path):
+    rows = [{"input": "q", "output": "a"}] * 3 + [{"input": "q", "answer": "a"}] * 5
+    path = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = qlora("data", config(data__source=str(path), data__validation_rows=0), code=2)
+    assert "row 4 has no field 'output'; its fields: input, output, answer" in done.stderr
+    assert "and 2 more" in done.stderr
+
+
+def test_a_file_that_is_not_json(config, qlora, tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"input": "q", "output": "a"}\n{"input": \n')
+    done = qlora("data", config(data__source=str(path)), code=2)
+    assert "cannot be read" in done.stderr
+
+
+def test_prompts_that_leave_no_room(config, qlora, tmp_path):
+    row = json.dumps({"input": "word " * 200, "output": "a"}) + "\n"
+    path = write(tmp_path / "x.jsonl", row * 3)
+    done = qlora("data", config(data__source=str(path), data__validation_rows=0), code=2)
+    assert "leaves nothing to train on" in done.stderr
+    assert "3 x the prompt leaves no room for an answer within the limit" in done.stderr
+
+
+def test_more_validation_rows_than_rows(config, qlora):
+    done = qlora("data", config(data__validation_rows=40), code=2)
+    assert "use at most 39" in done.stderr
+
+
+def test_an_error_found_by_the_workers_is_one_message_too(config, qlora, tmp_path):
+    path = write(tmp_path / "gone.jsonl", json.dumps({"input": "q", "output": "a"}) + "\n")
+    config_path = config(data__source=str(path), data__validation_rows=0)
+    qlora("run", config_path, "--prepare")
+    path.unlink()
+    done = qlora("resume", tmp_path / "run", code=2)
+    assert "data.source: there is no file" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_shape_that_is_not_the_models(config, qlora):
+    done = qlora("run", config(model__shape="smollm2-135m"), code=2)
+    assert "and the plan counted 106,168,320" in done.stderr
+
+
+def test_a_run_directory_of_another_spec(config, qlora, tmp_path):
+    qlora("run", config(), "--prepare")
+    done = qlora("run", config(), "optimizer.lr=5e-4", code=2)
+    assert "optimizer.lr: 0.001 there, 0.0005 asked for" in done.stderr
+
+
+def test_options_may_stand_between_the_overrides(config, qlora, tmp_path):
+    qlora("run", config(), "--prepare", "seed=9")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["seed"] == 9
+
+
+def test_a_folder_that_is_no_run(qlora, tmp_path):
+    assert "is no run directory" in qlora("resume", tmp_path, code=2).stderr
+
+
+def test_a_strategy_that_does_not_run_yet(config, qlora, tmp_path):
+    done = qlora("run", config(strategy__kind="fsdp"), code=2)
+    assert "fsdp is planned and rendered, and does not run yet" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert "fsdp_version: 2" in qlora("run", config(strategy__kind="fsdp"), "--dry-run").stdout
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_for_good(config, qlora, tmp_path):
+    path = config(optimizer__lr=1e30, optimizer__max_grad_norm=None)
+    done = qlora("run", path, code=93)
+    assert "Try a lower optimizer.lr" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_keeps_the_last_checkpoint(config, qlora, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True
+    )
+    try:
+        # A checkpoint takes about 140 kB, and all of them are kept.
+        path = config(run_dir=str(disk / "run"), checkpoint__keep_last=50)
+        done = qlora("run", path, code=1)
+        assert "the disk is full" in done.stderr
+        run = RunDir(disk / "run")
+        kept = sorted(p.name for p in run.checkpoints.iterdir())
+        assert kept
+        assert not any(name.endswith(".partial") for name in kept)
+        copy = RunDir(tmp_path / "run-copy")
+        shutil.copytree(run.root, copy.root)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    qlora("resume", copy.root)
+    assert ("train", 10) in records(copy)
