@@ -167,6 +167,8 @@ def _prepare_process(plan: Plan, world: World) -> None:
         torch.set_num_threads(plan.spec.resources.cpus_per_process or max(1, cores))
     if plan.spec.deterministic:
         torch.use_deterministic_algorithms(True)
+        # Filling fresh memory guards against reading it unwritten; it costs a kernel a tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     seed = int(np.random.SeedSequence([plan.spec.seed, world.rank]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

@@ -45,7 +45,5 @@ def test_an_optimizer_goes_on_from_its_saved_moments_bit_for_bit(kind):
     steps(again, resumed, 3, seed=2)
     for name, parameter in whole.items():
         assert torch.equal(parameter, resumed[name])
-    ours, theirs = (
-        get_moments(section, o, p) for o, p in ((optimizer, whole), (again, resumed))
-    )
+    ours, theirs = (get_moments(section, o, p) for o, p in ((optimizer, whole), (again, resumed)))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
