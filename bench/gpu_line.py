@@ -123,7 +123,7 @@ def check_worlds(one, two):
 
 def measure(folder, model, data, gpus, changes, label):
     """One row of the second table: speed and peak beside the plan."""
-    name = f"size-{label.replace(' ', '-')}-{gpus}"
+    name = "size-" + "".join(c for c in label if c.isalnum()) + f"-{gpus}"
     path = write_config(folder, name, model, data, gpus, changes)
     plan = make_plan(load_spec(path))
     qlora("run", path)
