@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", help="processes,accumulation")
     args = parser.parse_args()
+    args.model, args.data = args.model.absolute(), args.data.absolute()
     combinations = COMBINATIONS
     if args.only:
         combinations = [tuple(int(part) for part in args.only.split(","))]
