@@ -12,14 +12,20 @@ from qlora_dist.shapes import SHAPES
 CORPUS = Path(__file__).parent.parent / "demo" / "corpus.txt"
 
 
-def make_model(folder: Path, shape_name: str) -> Path:
-    """Write a LLaMA of a known shape with random weights in bf16, and a tokenizer; returns it."""
+def make_model(folder: Path, shape_name: str, *, num_layers: int | None = None) -> Path:
+    """Write a LLaMA of a known shape with random weights in bf16, and a tokenizer; returns it.
+
+    Args:
+        folder: Where.
+        shape_name: A name in ``qlora_dist.shapes.SHAPES``.
+        num_layers: Another number of layers than the shape's.
+    """
     shape = SHAPES[shape_name]
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
+        num_hidden_layers=num_layers or shape.num_layers,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,

@@ -71,6 +71,7 @@ def _train(
 
     _prepare_process(plan, world)
     checkpoint = _resume_point(run, world, log)
+    progress.step = checkpoint.step if checkpoint else 0
     tokenizer = load_tokenizer(spec)
     corpus = load_corpus(spec, tokenizer)
     length = plan_length(spec, len(corpus.train))
@@ -95,7 +96,6 @@ def _train(
         state = checkpointer.restore(checkpoint)
         log.say(f"resumed after step {state.step} from {checkpoint.path.name}")
     strategy.prepare(parameters)
-    progress.step = state.step
     metrics = Metrics(run.metrics, world, progress.attempt)
     metrics.cut(state.metrics_bytes)
     autocast, track, finish_tracking = _accelerate(run, plan, world, state)
@@ -125,6 +125,7 @@ def _train(
         track=track,
         say=log.say,
     )
+    training.step = state.step
     try:
         fit(training, state)
     finally:
