@@ -2,6 +2,9 @@
 # Targets that need GPUs, and `make demo SETUP=0`, set nothing up: they run with PYTHON.
 
 SETUP ?= 1
+ifneq ($(filter gpu-%,$(MAKECMDGOALS)),)
+SETUP := 0
+endif
 VENV := .venv
 ifeq ($(SETUP),1)
 PYTHON := $(VENV)/bin/python
@@ -10,9 +13,8 @@ else
 PYTHON ?= python3
 READY :=
 endif
-GPU_PYTHON ?= python3
 
-.PHONY: setup check format test test-all docs demo fidelity gpu-line gpu-test clean
+.PHONY: setup check format test docs demo fidelity gpu-line gpu-test clean
 
 setup: $(VENV)/.ready
 
@@ -35,9 +37,6 @@ format: $(READY)
 	$(PYTHON) -m ruff check --fix .
 
 test: $(READY)
-	$(PYTHON) -m pytest -m "not slow"
-
-test-all: $(READY)
 	$(PYTHON) -m pytest
 
 docs: $(READY)
@@ -52,12 +51,12 @@ fidelity: $(READY)
 	$(PYTHON) bench/fidelity.py --model .cache/smollm2-135m-instruct
 
 gpu-line:
-	$(GPU_PYTHON) tools/need.py gpu
-	$(GPU_PYTHON) bench/gpu_line.py
+	$(PYTHON) tools/need.py gpu
+	$(PYTHON) bench/gpu_line.py
 
 gpu-test:
-	$(GPU_PYTHON) tools/need.py gpu
-	$(GPU_PYTHON) -m pytest tests/gpu
+	$(PYTHON) tools/need.py gpu-test
+	$(PYTHON) -m pytest tests/gpu
 
 clean:
 	rm -rf $(VENV) .cache runs build dist

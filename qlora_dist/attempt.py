@@ -4,8 +4,11 @@
 and start time tell), together with every rank of its last attempt; never by age.
 """
 
+import contextlib
 import fcntl
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +38,7 @@ def own(run: RunDir) -> Iterator[int]:
     me = Process.this()
     with _exclusive(run):
         _refuse_if_owned(run)
+        _wait_for_orphans(run)
         write_json(run.owner_json, asdict(me))
     try:
         yield _new_attempt(run, me)
@@ -77,7 +81,6 @@ def _refuse_if_owned(run: RunDir) -> None:
             f"{run.root} is already being run by process {owner.pid} on this machine; wait for it, "
             f"or stop it with: kill {owner.pid}"
         )
-    _wait_for_orphans(run)
 
 
 def _wait_for_orphans(run: RunDir) -> None:
@@ -85,22 +88,34 @@ def _wait_for_orphans(run: RunDir) -> None:
     deadline = time.monotonic() + ORPHAN_WAIT_S
     while number is not None and (alive := _live_ranks(run.attempt(number) / "ranks")):
         if time.monotonic() > deadline:
+            pids = ", ".join(str(process.pid) for process in alive)
             raise RunDirError(
-                f"{run.root}: processes of its last attempt still run on this machine: "
-                + ", ".join(map(str, alive))
+                f"{run.root}: processes of its last attempt still run on this machine: {pids}"
             )
         time.sleep(0.1)
 
 
-def _live_ranks(folder: Path) -> list[int]:
-    pids = []
+def kill_ranks(run: RunDir, attempt: int, *, after_s: float) -> None:
+    """Wait for the ranks of an attempt on this machine, and kill those that are still there."""
+    deadline = time.monotonic() + after_s
+    while alive := _live_ranks(run.attempt(attempt) / "ranks"):
+        if time.monotonic() >= deadline:
+            for process in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def _live_ranks(folder: Path) -> list[Process]:
+    alive = []
     for path in folder.glob("*.json"):
         tree = _read(path)
         if tree and "process" in tree:
             process = Process(**tree["process"])
             if process.is_gone() is False:
-                pids.append(process.pid)
-    return pids
+                alive.append(process)
+    return alive
 
 
 def _new_attempt(run: RunDir, me: Process) -> int:

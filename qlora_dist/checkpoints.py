@@ -163,6 +163,7 @@ def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         CheckpointError: There are checkpoints and none is valid. Nothing is deleted or renamed.
     """
+    _finish_replacing(checkpoints)
     reasons: dict[Path, str] = {}
     for path in committed_paths(checkpoints):
         try:
@@ -178,6 +179,14 @@ def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
             + f"\nMend one, or move {checkpoints} away to start the run anew"
         )
     return None, []
+
+
+def _finish_replacing(checkpoints: Path) -> None:
+    """Give back its name to a checkpoint that a crash left between two renames of ``commit``."""
+    for old in checkpoints.glob("step_*.old") if checkpoints.is_dir() else ():
+        final = old.with_suffix("")
+        if not final.exists():
+            old.rename(final)
 
 
 def _set_aside(path: Path, why: str) -> str:

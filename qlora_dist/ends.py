@@ -33,16 +33,8 @@ _WORST_FIRST = (
     DONE,
 )
 
-MEANING = {
-    DONE: "done",
-    FAILED: "failed",
-    USER_ERROR: "cannot run as it is",
-    PREEMPTED: "stopped and saved",
-    TIME_LIMIT: "time limit reached and saved",
-    HANG: "hung",
-    BAD_NODE: "bad node",
-    NEVER_RESTART: "failed, and would fail again",
-}
+# The cause of a rank that left no file: killed, or crashed outside Python.
+SILENT = "ended without a word: killed, or crashed outside Python"
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,7 @@ def read_rank_ends(folder: Path, *, world_size: int) -> list[RankEnd]:
         try:
             ends.append(RankEnd(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
-            cause = "ended without a word: killed, or crashed outside Python"
-            ends.append(RankEnd(rank, FAILED, cause, 0, float("inf")))
+            ends.append(RankEnd(rank, FAILED, SILENT, 0, float("inf")))
     return ends
 
 

@@ -118,7 +118,7 @@ def _differences(path: Path, expected: dict[str, Any], kind: str) -> list[str]:
     if not isinstance(found, dict):
         return [f"{path.name}: is no mapping"]
     return [
-        f"{path.name}: {key} is {found.get(key)!r}, run.json wants {value!r}"
-        for key, value in expected.items()
-        if found.get(key) != value
+        f"{path.name}: {key} is {found.get(key)!r}, run.json wants {expected.get(key)!r}"
+        for key in sorted({*expected, *found})
+        if found.get(key) != expected.get(key)
     ]

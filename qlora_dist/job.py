@@ -2,7 +2,7 @@
 
 A stop (SIGTERM, SIGINT, SIGHUP) becomes a file that the ranks poll; torchrun itself is left alone,
 so that it neither kills ranks in the middle of a save nor fills the terminal with its traceback.
-A second signal is passed on to torchrun, a third kills it.
+A second signal is passed on to torchrun, a third kills it and every rank.
 """
 
 import json
@@ -10,17 +10,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from qlora_dist.attempt import own
+from qlora_dist.attempt import kill_ranks, own
 from qlora_dist.console import Console
 from qlora_dist.ends import RankEnd, read_rank_ends, worst
 from qlora_dist.layout import RunDir
 from qlora_dist.process import die_with_parent
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Ranks whose torchrun is gone notice at their next micro-batch, save and end; then they are killed.
+_LAST_SAVE_S = 30.0
 
 
 def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> RankEnd:
@@ -38,19 +40,20 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
         RunDirError: Another launcher has the run.
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
+    quietly = _Quietly(say)
     with own(run) as attempt:
         process = _start(run, attempt, command["args"], command["env"])
         with (
-            _Stops(run, attempt, process, say),
-            Console(run, attempt, say, bar=progress) as console,
+            _Stops(run, attempt, process) as stops,
+            Console(run, attempt, quietly, bar=progress) as console,
         ):
-            while True:
-                try:
-                    process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    console.update()
-                else:
-                    break
+            while process.poll() is None:
+                stops.tell(quietly)
+                console.update()
+                time.sleep(0.2)
+            stops.tell(quietly)
+        # Ranks lead sessions of their own, and can outlive a torchrun that was killed.
+        kill_ranks(run, attempt, after_s=_LAST_SAVE_S)
         ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=command["world_size"])
         return worst(ends)
 
@@ -72,38 +75,52 @@ def _start(
         )
 
 
-class _Stops:
-    """Signals to the launcher while an attempt runs."""
+class _Quietly:
+    """Says lines until nobody listens any more (a closed pipe or terminal), and then none."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        attempt: int,
-        process: subprocess.Popen[bytes],
-        say: Callable[[str], None],
-    ) -> None:
-        self._stop_file: Path = run.stop_file(attempt)
-        self._process, self._say = process, say
-        self._count = 0
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say: Callable[[str], None] | None = say
+
+    def __call__(self, line: str) -> None:
+        if self._say is not None:
+            try:
+                self._say(line)
+            except OSError:
+                self._say = None
+
+
+class _Stops:
+    """Signals to the launcher while an attempt runs; a handler does nothing that could fail."""
+
+    def __init__(self, run: RunDir, attempt: int, process: subprocess.Popen[bytes]) -> None:
+        self._run, self._attempt, self._process = run, attempt, process
+        self._received: list[str] = []
+        self._told = 0
         self._before: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Stops":
         for number in _STOPS:
             self._before[number] = signal.signal(number, self._on_signal)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
-        self._count += 1
-        name = signal.Signals(number).name
-        if self._count == 1:
-            self._stop_file.touch(mode=0o600)
-            self._say(f"{name}: saving after this step, then stopping")
-        elif self._count == 2:
-            self._process.send_signal(signal.SIGTERM)
-            self._say(f"{name} again: telling torchrun to stop")
-        else:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._say(f"{name} a third time: killed")
+        self._received.append(signal.Signals(number).name)
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Act on the signals that have come, and say so."""
+        for name in self._received[self._told :]:
+            self._told += 1
+            if self._told == 1:
+                self._run.stop_file(self._attempt).touch(mode=0o600)
+                say(f"{name}: stopping, with every complete step saved")
+            elif self._told == 2:
+                self._process.send_signal(signal.SIGTERM)
+                say(f"{name} again: telling torchrun to stop")
+            else:
+                kill_ranks(self._run, self._attempt, after_s=0.0)
+                self._process.kill()
+                say(f"{name} a third time: killed")

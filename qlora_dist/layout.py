@@ -17,6 +17,7 @@
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def open_run(path: str | Path) -> tuple[RunDir, RunSpec]:
     """
     run = RunDir(Path(path).expanduser().absolute())
     try:
+        if run.run_json.stat().st_uid != os.geteuid():
+            raise RunDirError(f"{run.root} belongs to another user, and a run starts programs")
         tree = json.loads(run.run_json.read_text(encoding="utf-8"))
         spec = spec_from_tree(tree["spec"], source=str(run.run_json))
     except FileNotFoundError:

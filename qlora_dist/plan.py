@@ -102,6 +102,7 @@ def make_plan(spec: RunSpec) -> Plan:
         *_resource_problems(spec),
         *_strategy_problems(spec, topology),
         *_batch_problems(spec, topology),
+        *_schedule_problems(spec),
         *_model_problems(spec, shape),
     ]
     if problems:
@@ -203,6 +204,16 @@ def _batch_problems(spec: RunSpec, topology: Topology) -> list[str]:
     ]
 
 
+def _schedule_problems(spec: RunSpec) -> list[str]:
+    steps, warmup = spec.schedule.steps, spec.schedule.warmup_steps
+    if steps is None or warmup is None or warmup < steps:
+        return []
+    return [
+        f"schedule.warmup_steps: {warmup} of {steps} steps leave none at the full rate; use at "
+        f"most {steps - 1}"
+    ]
+
+
 def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
     problems = []
     if spec.data.sequence_tokens > shape.max_positions:
@@ -211,7 +222,10 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
             f"positions for {shape.max_positions}; use max_tokens: {shape.max_positions}"
         )
     if spec.adapter.target != "all-linear":
-        for name in spec.adapter.target:
+        names = spec.adapter.target
+        if len(set(names)) < len(names):
+            problems.append(f"adapter.target: {', '.join(names)} names a layer twice")
+        for name in names:
             if name not in shape.linears:
                 near = difflib.get_close_matches(name, shape.linears, n=1)
                 problems.append(

@@ -6,10 +6,13 @@ it has really loaded.
 
 import json
 from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qlora_dist.errors import PlanError
+
+Size = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 
 
 class ModelShape(BaseModel):
@@ -17,21 +20,21 @@ class ModelShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    vocab_size: int = Field(ge=1)
+    vocab_size: Size
     """Rows of the embedding."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: Size
     """Width of the residual stream."""
-    intermediate_size: int = Field(ge=1)
+    intermediate_size: Size
     """Width inside the MLP."""
-    num_layers: int = Field(ge=1)
+    num_layers: Size
     """Decoder layers."""
-    num_heads: int = Field(ge=1)
+    num_heads: Size
     """Attention heads."""
-    num_kv_heads: int = Field(ge=1)
+    num_kv_heads: Size
     """Key and value heads; fewer than num_heads under grouped-query attention."""
-    head_dim: int = Field(ge=1)
+    head_dim: Size
     """Width of one head."""
-    max_positions: int = Field(ge=1)
+    max_positions: Size
     """Longest sequence that the model was trained for, in tokens."""
     tie_embeddings: bool = False
     """The output head is the embedding."""
@@ -138,7 +141,7 @@ HUB_NAMES: dict[str, str] = {
 }
 
 # Families whose decoder layer is the one that ModelShape describes.
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def find_shape(source: str, shape: str | ModelShape | None) -> ModelShape:
@@ -159,9 +162,13 @@ def find_shape(source: str, shape: str | ModelShape | None) -> ModelShape:
                 f"model.shape: no shape is called {shape!r}; known: {', '.join(SHAPES)}"
             )
         return SHAPES[shape]
-    config = Path(source).expanduser() / "config.json"
-    if config.is_file():
-        return read_config(config)
+    config = Path(source) / "config.json"
+    try:
+        config = config.expanduser()
+        if config.is_file():
+            return read_config(config)
+    except (OSError, RuntimeError) as error:
+        raise PlanError(f"model.source: {source[:80]!r} is no usable path: {error}") from error
     name = HUB_NAMES.get(source.lower())
     if name is not None:
         return SHAPES[name]
@@ -183,27 +190,32 @@ def read_config(path: Path) -> ModelShape:
         family = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PlanError(f"model.source: cannot read {path}: {error}") from error
-    if family not in _FAMILIES:
+    if family not in FAMILIES:
         raise PlanError(
-            f"model.source: {path} is of type {family!r}; the plan counts {', '.join(_FAMILIES)}. "
+            f"model.source: {path} is of type {family!r}; the plan counts {', '.join(FAMILIES)}. "
             "For another decoder with the same kind of layers give model.shape in full."
         )
     try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return ModelShape(
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            max_positions=config["max_position_embeddings"],
-            # transformers leaves a tied head unsaid where it is the family's default: none of
-            # these families but Qwen's small models, which do say it.
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-        )
+        return shape_of_config(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise PlanError(f"model.source: {path} lacks a usable size: {error}") from error
+
+
+def shape_of_config(config: dict[str, Any]) -> ModelShape:
+    """Shape from the values of a Hugging Face configuration of one of ``FAMILIES``."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return ModelShape(
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        max_positions=config["max_position_embeddings"],
+        # transformers leaves a tied head unsaid where it is the family's default: none of these
+        # families but Qwen's small models, which do say it.
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        qkv_bias=config["model_type"] == "qwen2",
+        qk_norm=config["model_type"] == "qwen3",
+    )

@@ -20,10 +20,14 @@ from pydantic.fields import FieldInfo
 from qlora_dist.errors import SpecError
 from qlora_dist.shapes import ModelShape
 
-# Strict, so that `true` is no count and "16" no number.
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+# Strict, so that `true` is no count and "16" no number. Bounded, so that arithmetic on what a user
+# gives stays arithmetic.
+LARGEST = 2**40
+Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, le=LARGEST)]
+Positive = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
@@ -89,7 +93,7 @@ class LoraAdapter(Section):
     """The method."""
     r: Count = 64
     """Rank."""
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    alpha: Positive = 16.0
     """The adapter's product is scaled by alpha / r."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
@@ -122,7 +126,7 @@ class DataSection(Section):
     """Longest prompt, in tokens; longer ones lose their end. Goes with target_tokens."""
     target_tokens: Count | None = None
     """Longest answer with its end-of-sequence token, in tokens; longer ones lose their end."""
-    max_tokens: Annotated[int, Field(strict=True, ge=2)] | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=2, le=LARGEST)] | None = None
     """One limit for prompt and answer together, instead of the two."""
     validation_rows: CountOrZero = 0
     """Rows split off for the evaluation loss; never trained on."""
@@ -167,17 +171,17 @@ class OptimizerSection(Section):
     kind: Literal["adamw", "paged_adamw_32bit"] = "paged_adamw_32bit"
     """adamw: torch's, fused on a GPU. paged_adamw_32bit: bitsandbytes', whose moments may be
     evicted to host memory."""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
+    lr: Positive = 2e-4
     """Peak learning rate."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.999
     """Decay of the second moment."""
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    eps: Positive = 1e-8
     """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.3
+    max_grad_norm: Positive | None = 0.3
     """Gradients are scaled down to this norm; null: never."""
 
 
@@ -192,7 +196,7 @@ class ScheduleSection(Section):
     """The same in steps."""
     steps: Count | None = None
     """Optimizer steps."""
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    epochs: Positive | None = None
     """Passes over the training samples, instead of steps."""
 
     @model_validator(mode="after")
@@ -315,7 +319,11 @@ class RunSpec(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 less two traps: ``1e-4`` is a number, and a key given twice is an error."""
+    """YAML 1.1 less its traps.
+
+    ``1e-4`` is a number, ``12:00:00`` is text and not a count in base 60, and a key that is given
+    twice is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -329,9 +337,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
+    _NUMBERS[1],
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.?[0-9]+[eE][-+]?[0-9]+|\.[0-9]+)$"
+        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 

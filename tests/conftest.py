@@ -181,7 +181,7 @@ def stopped_run(tmp_path_factory, tiny_model, pairs_file):
     # Line 1 is the evaluation before the first step.
     code, output = stop_qlora(folder, "resume", run.root, lines_of=run.metrics, count=3)
     assert code == 85, output
-    assert "SIGTERM: saving after this step" in output
+    assert "SIGTERM: stopping, with every complete step saved" in output
     return run
 
 

@@ -110,9 +110,9 @@ def cli_page() -> str:
         "| 0 | done |",
         "| 1 | something failed; the message and the log that it names say what |",
         "| 2 | the config, the data or the command is wrong; nothing was started |",
-        "| 85 | stopped and saved; `qlora resume` goes on |",
+        "| 85 | stopped, every complete step saved; `qlora resume` goes on |",
         "| 93 | the loss is not a number; a restart would only repeat it |",
-        "| 130 | interrupted before there was anything to save |",
+        "| 130 | interrupted outside of a run |",
     ]
     return "\n".join(parts) + "\n"
 

@@ -21,7 +21,11 @@ _DEMO = {
 }
 # tensorboard is for runs that track with it.
 _GPU = {name: how for name, how in _PROJECT.items() if name != "tensorboard"}
-NEEDS = {"demo": _PROJECT | _DEMO, "gpu": _GPU}
+NEEDS = {
+    "demo": _PROJECT | _DEMO,
+    "gpu": _GPU,
+    "gpu-test": _GPU | {"pytest": "pip install -c constraints.txt pytest"},
+}
 
 
 def main(target: str) -> int:
@@ -31,7 +35,7 @@ def main(target: str) -> int:
     }
     for name, how in missing.items():
         print(f"{sys.executable} lacks {name}: {how}", file=sys.stderr)
-    if target == "gpu" and not missing:
+    if target.startswith("gpu") and not missing:
         import torch
 
         if not torch.cuda.is_available():

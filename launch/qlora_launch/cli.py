@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        sys.stderr.write(f"qlora: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("qlora: interrupted\n")
         return 130
@@ -129,11 +132,15 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--raw", action="store_true", help="give the prompt as it is, without a template"
     )
-    generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
     generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 picks the likeliest token"
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 picks the likeliest token",
     )
-    generate.add_argument("--top-p", type=float, default=0.9, metavar="P")
+    generate.add_argument("--top-p", type=_probability, default=0.9, metavar="P")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(rest="prompt")
     return parser
@@ -155,6 +162,27 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not over 0 and at most 1")
     return value
 
 
@@ -187,7 +215,7 @@ def _run(args: argparse.Namespace) -> int:
     from qlora_dist.errors import PlanError
     from qlora_dist.plan import make_plan
     from qlora_launch.render import render
-    from qlora_launch.rundir import absolute_paths, write_run_dir
+    from qlora_launch.rundir import absolute_paths, check_local_paths, write_run_dir
     from qlora_launch.show import bundle_text
 
     spec = absolute_paths(_load(args))
@@ -198,6 +226,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if plan.not_runnable:
         raise PlanError("\n".join(plan.not_runnable))
+    check_local_paths(spec)
     run = write_run_dir(bundle, spec)
     if args.prepare:
         _say(f"{run.root} is written; start it with: qlora resume {run.root}")
@@ -234,15 +263,17 @@ def _start(run: "RunDir", spec: "RunSpec") -> int:
 
 
 def _failure_text(run: "RunDir", end: "RankEnd") -> str:
-    from qlora_dist.errors import UserError
+    from qlora_dist.ends import SILENT, USER_ERROR
     from qlora_dist.layout import newest_attempt
 
-    text = f"qlora: {end.cause}\n"
     attempt = newest_attempt(run)
-    if end.code != UserError.exit_code and attempt is not None:
-        log = run.rank_log(attempt, end.rank)
-        text += f"rank {end.rank} failed after step {end.step}; its log: {log}\n"
-    return text
+    if end.code == USER_ERROR or attempt is None:
+        return f"qlora: {end.cause}\n"
+    if end.cause == SILENT:
+        logs = f"{run.rank_log(attempt, end.rank)} and {run.launcher_log(attempt)}"
+        return f"qlora: rank {end.rank} {end.cause}\nwhat it left: {logs}\n"
+    log = run.rank_log(attempt, end.rank)
+    return f"qlora: {end.cause}\nrank {end.rank} failed after step {end.step}; its log: {log}\n"
 
 
 def _data(args: argparse.Namespace) -> int:

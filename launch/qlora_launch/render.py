@@ -93,9 +93,6 @@ def process_env(plan: Plan) -> dict[str, str]:
     if plan.topology.device == "cuda":
         # Less fragmentation where lengths of batches vary.
         env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-        if plan.spec.deterministic:
-            # cuBLAS gives the same bits only with a workspace of a fixed size.
-            env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     elif plan.spec.resources.cpus_per_process is not None:
         env["OMP_NUM_THREADS"] = str(plan.spec.resources.cpus_per_process)
     return env

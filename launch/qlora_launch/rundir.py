@@ -4,8 +4,11 @@ import errno
 import shutil
 from pathlib import Path
 
-from qlora_dist.errors import QLoRAError, RunDirError
+from qlora_dist.checkpoints import committed_paths
+from qlora_dist.data.reader import SUFFIXES
+from qlora_dist.errors import DataError, ModelError, QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_text
+from qlora_dist.hub import looks_like_path
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.spec import RunSpec
 from qlora_launch.render import Bundle
@@ -28,7 +31,8 @@ def absolute_paths(spec: RunSpec) -> RunSpec:
 def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
     """Create the run directory.
 
-    A folder that already holds this very run is left as it is.
+    A folder that already holds this very run is left as it is. One that holds another spec's run is
+    replaced if that run never trained: a first start that failed, whose config has been mended.
 
     Raises:
         RunDirError: The folder holds another run, or something that is no run.
@@ -36,9 +40,11 @@ def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
     """
     run = RunDir(bundle.run_dir)
     if run.run_json.exists():
-        _refuse_other(run, spec)
-        return run
-    if run.root.exists() and any(run.root.iterdir()):
+        differences = _differences(run, spec)
+        if not differences:
+            return run
+        _refuse_unless_never_started(run, differences)
+    elif run.root.exists() and not (run.root.is_dir() and not any(run.root.iterdir())):
         raise RunDirError(
             f"{run.root} is there and holds no run; choose another with run_dir=..., or remove it"
         )
@@ -52,7 +58,7 @@ def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
         for name, text in bundle.files.items():
             write_text(new / name, text)
         if run.root.exists():
-            run.root.rmdir()
+            shutil.rmtree(run.root)
         new.rename(run.root)
         fsync_dir(run.root.parent)
     except OSError as error:
@@ -67,18 +73,38 @@ def _absolute(source: str) -> str:
     return str(path.absolute()) if path.exists() else source
 
 
-def _refuse_other(run: RunDir, spec: RunSpec) -> None:
+def check_local_paths(spec: RunSpec) -> None:
+    """Refuse a model or data file that is plainly not there, before anything is written.
+
+    Raises:
+        ModelError: ``model.source`` is written as a path, and there is no such folder.
+        DataError: ``data.source`` is written as a path, and there is no such file.
+    """
+    if looks_like_path(spec.model.source) and not Path(spec.model.source).expanduser().is_dir():
+        raise ModelError(f"model.source: there is no folder {spec.model.source!r}")
+    data = Path(spec.data.source).expanduser()
+    written_as_file = looks_like_path(spec.data.source) or data.suffix in SUFFIXES
+    if written_as_file and not data.is_file():
+        raise DataError(f"data.source: there is no file {spec.data.source!r}")
+
+
+def _differences(run: RunDir, spec: RunSpec) -> list[str]:
     _, there = open_run(run.root)
     if there.sha256() == spec.sha256():
-        return
+        return []
     ours, theirs = _flat(spec.model_dump(mode="json")), _flat(there.model_dump(mode="json"))
-    lines = [
+    return [
         f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} asked for"
         for key in sorted(set(ours) | set(theirs))
         if ours.get(key) != theirs.get(key) and key != "run_dir"
     ]
+
+
+def _refuse_unless_never_started(run: RunDir, differences: list[str]) -> None:
+    if not run.owner_json.exists() and not committed_paths(run.checkpoints):
+        return
     raise RunDirError(
-        f"{run.root} belongs to another spec:\n" + "\n".join(lines) + "\n"
+        f"{run.root} belongs to another spec:\n" + "\n".join(differences) + "\n"
         f"Continue that run with: qlora resume {run.root}\n"
         "or give this one a folder of its own with name=... or run_dir=..."
     )

@@ -1,5 +1,6 @@
 """A run's samples: read, formatted, tokenised and split."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ class Corpus:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each training sample, int64 of shape ``(samples,)``."""
         return np.array([len(sample.ids) for sample in self.train], np.int64)
+
+    def sha256(self) -> str:
+        """Fingerprint of all tokens and learned marks, in their order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation):
+            digest.update(len(part).to_bytes(8, "little"))
+            for sample in part:
+                digest.update(len(sample.ids).to_bytes(8, "little"))
+                digest.update(sample.ids.tobytes())
+                digest.update(np.packbits(sample.learned).tobytes())
+        return digest.hexdigest()
 
 
 def load_tokenizer(spec: RunSpec) -> Any:
@@ -127,7 +139,7 @@ def _examples(spec: RunSpec) -> tuple[list[Example], Counter[str], int]:
         except Dropped as reason:
             dropped[str(reason)] += 1
         except MissingField as error:
-            bad.append(f"row {number} {error}; its fields: {', '.join(row)}")
+            bad.append(f"row {number} {error}; its fields: {', '.join(_there(row))}")
     if bad:
         more = f"\n  and {len(bad) - _SHOWN_BAD_ROWS} more" if len(bad) > _SHOWN_BAD_ROWS else ""
         raise DataError(
@@ -136,6 +148,11 @@ def _examples(spec: RunSpec) -> tuple[list[Example], Counter[str], int]:
             + more
         )
     return examples, dropped, number
+
+
+def _there(row: dict[str, object]) -> list[str]:
+    """Fields that the row itself has; the reader fills in those that other rows have."""
+    return [name for name, value in row.items() if value is not None]
 
 
 def _tokenize_all(

@@ -11,6 +11,7 @@ from qlora_dist.spec import RunSpec
 
 # Suffix -> builder of ``datasets``.
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+SUFFIXES = tuple(_BUILDERS)
 
 
 def read_rows(spec: RunSpec) -> Iterator[dict[str, object]]:

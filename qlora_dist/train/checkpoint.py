@@ -12,7 +12,7 @@
 import importlib.metadata
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Checkpointer:
         parameters: Trainable parameters by name, equal on all ranks.
         optimizer: Theirs.
         target_modules: Layers that the adapter is on, as PEFT names them.
+        corpus_sha256: Of the corpus; a run goes on only with the one it began with.
+        say: Takes lines for a person.
     """
 
     def __init__(
@@ -79,10 +81,13 @@ class Checkpointer:
         parameters: Mapping[str, nn.Parameter],
         optimizer: Any,
         target_modules: list[str],
+        corpus_sha256: str,
+        say: Callable[[str], None],
     ) -> None:
         self._run, self._spec, self._world = run, spec, world
         self._parameters, self._optimizer = parameters, optimizer
         self._target_modules = target_modules
+        self._corpus_sha256, self._say = corpus_sha256, say
 
     def save(self, state: TrainState) -> None:
         """Write and commit a checkpoint; all ranks call this together.
@@ -101,11 +106,13 @@ class Checkpointer:
             only_rank_0=True,
         )
         if self._world.rank == 0:
-            checkpoints.retain(
-                folder,
-                keep_last=self._spec.checkpoint.keep_last,
-                best_step=state.best_step if self._spec.checkpoint.keep_best else None,
-            )
+            keep_best = state.best_step if self._spec.checkpoint.keep_best else None
+            try:
+                checkpoints.retain(
+                    folder, keep_last=self._spec.checkpoint.keep_last, best_step=keep_best
+                )
+            except OSError as error:
+                self._say(f"old checkpoints could not be removed: {error}")
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
         """Put a checkpoint's state into the parameters, the optimizer and the generators.
@@ -116,6 +123,12 @@ class Checkpointer:
         path, manifest = checkpoint.path, checkpoint.manifest
         if manifest["spec_sha256"] != self._spec.sha256():
             raise CheckpointError(f"{path}: was made by another spec")
+        if manifest["corpus_sha256"] != self._corpus_sha256:
+            raise CheckpointError(
+                f"{path}: the data is not the one that the run began with (data.source: "
+                f"{self._spec.data.source}); put it back, or start a new run"
+            )
+        self._say_changes(manifest)
         weights = load_file(path / ADAPTER)
         if set(weights) != set(self._parameters):
             odd = sorted(set(weights) ^ set(self._parameters))
@@ -161,10 +174,19 @@ class Checkpointer:
                 checkpoints.discard(partial)
             raise CheckpointError(problem)
 
+    def _say_changes(self, manifest: Mapping[str, Any]) -> None:
+        """A run goes on with other versions or GPUs, and is then no longer the same bits."""
+        facts = self._facts()
+        before = {"device": manifest["device"], **manifest["versions"]}
+        for name, value in {"device": facts["device"], **facts["versions"]}.items():
+            if before.get(name) != value:
+                self._say(f"{name} was {before.get(name)} and is {value}: not bit for bit the same")
+
     def _facts(self) -> dict[str, Any]:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         return {
             "spec_sha256": self._spec.sha256(),
+            "corpus_sha256": self._corpus_sha256,
             "world_size": self._world.size,
             "device": _device_name(self._world.device),
             "versions": {"qlora-dist": __version__, **versions},

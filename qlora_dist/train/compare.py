@@ -52,6 +52,10 @@ def records(run: RunDir) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _metric_differences(left: RunDir, right: RunDir) -> Iterator[str]:
+    for run in (left, right):
+        keys = [(line["kind"], line["step"]) for line in _lines(run.metrics)]
+        for kind, step in sorted({key for key in keys if keys.count(key) > 1}):
+            yield f"{kind} step {step}: more than once in {run.metrics}"
     ours, theirs = records(left), records(right)
     for key in sorted(set(ours) | set(theirs)):
         kind, step = key

@@ -57,27 +57,25 @@ def find_checkpoint(run: RunDir, which: str) -> Checkpoint:
         CheckpointError: It is damaged.
         UserError: There is none.
     """
-    steps = [
-        int(p.name.removeprefix("step_")) for p in checkpoints.committed_paths(run.checkpoints)
-    ]
-    if not steps:
+    paths = {int(p.name[5:]): p for p in checkpoints.committed_paths(run.checkpoints)}
+    if not paths:
         raise RunDirError(f"{run.root} has no checkpoint yet")
-    last = checkpoints.open_checkpoint(checkpoints.final_path(run.checkpoints, steps[0]))
-    if which == "last":
-        return last
-    if which == "best":
+    if which.isdecimal():
+        step: int | None = int(which)
+    elif which in ("last", "best"):
+        last = checkpoints.open_checkpoint(paths[max(paths)])
+        if which == "last":
+            return last
         state = json.loads((last.path / STATE).read_text(encoding="utf-8"))
         step = state["train"]["best_step"]
-        if step is None:
-            raise UserError(f"{run.root} has no best checkpoint: nothing was evaluated")
     else:
-        step = int(which) if which.isdigit() else -1
-    if step not in steps:
+        step = None
+    if step not in paths:
         raise UserError(
-            f"{run.root} has no checkpoint {which!r}; there are last, best, "
-            + ", ".join(map(str, sorted(steps)))
+            f"{run.root} has no checkpoint {which!r}; there are last and "
+            + ", ".join(map(str, sorted(paths)))
         )
-    return checkpoints.open_checkpoint(checkpoints.final_path(run.checkpoints, step))
+    return checkpoints.open_checkpoint(paths[step])
 
 
 def _write_config(checkpoint: Checkpoint, spec: RunSpec, folder: Path) -> None:

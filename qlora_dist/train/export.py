@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from qlora_dist import checkpoints
 from qlora_dist.errors import CheckpointError, ModelError, RunDirError
-from qlora_dist.files import remove_tree, replace_dir
+from qlora_dist.files import remove_tree, replace_dir, write_json
 from qlora_dist.hub import explain, read_token
 from qlora_dist.layout import RunDir
 from qlora_dist.spec import RunSpec
@@ -19,6 +19,8 @@ from qlora_dist.train.consolidate import PEFT_WEIGHTS
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# In every folder that was made here, so that none but those is ever replaced.
+_MARK = "export.json"
 # Everything that a loader reads beside the weights.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -34,11 +36,12 @@ def export(run: RunDir, spec: RunSpec, output: Path, *, progress: bool = False) 
         Matrices that the adapter was merged into.
 
     Raises:
-        RunDirError: The run has no adapter yet.
+        RunDirError: The run has no adapter yet, or ``output`` holds something that is no export.
         ModelError: The base is missing, or lacks a matrix that the adapter is for.
         CheckpointError: The folder cannot be written; nothing of it is left.
     """
     base = base_folder(spec)
+    _refuse_to_overwrite(output)
     deltas = _Deltas(run.adapter / PEFT_WEIGHTS, scale=spec.adapter.alpha / spec.adapter.r)
     new = output.with_name(output.name + ".partial")
     try:
@@ -52,6 +55,7 @@ def export(run: RunDir, spec: RunSpec, output: Path, *, progress: bool = False) 
             _merge_file(base / name, new / name, deltas)
         if left := deltas.unused():
             raise ModelError(f"model.source: {base} lacks {', '.join(left[:3])}")
+        write_json(new / _MARK, {"run": spec.name, "spec_sha256": spec.sha256()})
         replace_dir(new, output)
     except (OSError, SafetensorError) as error:
         checkpoints.discard(new)
@@ -85,6 +89,16 @@ def base_folder(spec: RunSpec) -> Path:
     except (OSError, ValueError) as error:
         message = explain(error, kind="model", key="model.source", source=spec.model.source)
         raise ModelError(message) from error
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    """Only an earlier export, or an empty folder, gives way to a new one."""
+    if output.is_dir() and (not any(output.iterdir()) or (output / _MARK).is_file()):
+        return
+    if output.exists():
+        raise RunDirError(
+            f"{output} is there and was not made by qlora export; choose another --output"
+        )
 
 
 class _Deltas:

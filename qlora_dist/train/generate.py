@@ -156,7 +156,9 @@ def _spec_of_adapter(path: Path) -> RunSpec:
             "was quantised. Load it with peft"
         )
     tree = json.loads(training.read_text(encoding="utf-8"))
-    return spec_from_tree(tree["spec"], source=str(training))
+    # An adapter may be a stranger's: it does not decide on running code or on using a token.
+    safe = ["model.trust_remote_code=false", "model.token_file=null"]
+    return spec_from_tree(tree["spec"], safe, source=str(training))
 
 
 def _with_adapter(spec: RunSpec, adapter: Path | None, *, raw: bool) -> Generator:

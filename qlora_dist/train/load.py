@@ -9,6 +9,7 @@ from torch import nn
 from qlora_dist.errors import ModelError
 from qlora_dist.hub import explain, read_token
 from qlora_dist.plan import Plan
+from qlora_dist.shapes import FAMILIES, shape_of_config
 from qlora_dist.spec import Nf4Quantization, RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,13 +61,18 @@ def check_shape(base: Any, plan: Plan) -> None:
     Raises:
         ModelError: They differ.
     """
-    linears = [m for _, m in linear_layers(base)]
-    found = sum(m.in_features * m.out_features for m in linears)
-    if found != plan.shape.num_linear_params:
+    config = base.config.to_dict()
+    if config["model_type"] in FAMILIES:
+        ours, real = plan.shape.model_dump(), shape_of_config(config).model_dump()
+        wrong = [f"{k} is {real[k]}, planned {ours[k]}" for k in ours if real[k] != ours[k]]
+    else:
+        found = sum(m.in_features * m.out_features for _, m in linear_layers(base))
+        planned = plan.shape.num_linear_params
+        wrong = [f"{found:,} weights in linear layers, planned {planned:,}"] * (found != planned)
+    if wrong:
         raise ModelError(
-            f"model.source: {plan.spec.model.source!r} has {found:,} weights in {len(linears)} "
-            f"linear layers, and the plan counted {plan.shape.num_linear_params:,}; "
-            "give its true sizes in model.shape"
+            f"model.source: {plan.spec.model.source!r} is not the shape that was planned: "
+            f"{'; '.join(wrong)}. Mend model.shape"
         )
 
 

@@ -90,7 +90,9 @@ def _train(
     strategy = STRATEGIES[spec.strategy.kind](world)
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, parameters)
-    checkpointer = Checkpointer(run, spec, world, parameters, optimizer, targets)
+    checkpointer = Checkpointer(
+        run, spec, world, parameters, optimizer, targets, corpus.sha256(), log.say
+    )
     state = TrainState()
     if checkpoint is not None:
         state = checkpointer.restore(checkpoint)
@@ -169,7 +171,7 @@ def _prepare_process(plan: Plan, world: World) -> None:
     if plan.spec.deterministic:
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory guards against reading it unwritten; it costs a kernel a tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed = int(np.random.SeedSequence([plan.spec.seed, world.rank]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

@@ -84,7 +84,7 @@ def fit(t: Training, state: TrainState) -> TrainState:
     """
     spec = t.plan.spec
     assert t.length.steps is not None
-    saved_step = state.step
+    saved = state
     try:
         while True:
             t.step = state.step
@@ -94,14 +94,13 @@ def fit(t: Training, state: TrainState) -> TrainState:
                 state = _evaluate(t, state)
                 improved = state.best_step == state.step and spec.checkpoint.keep_best
             save_due = last or state.step % spec.checkpoint.every_steps == 0 or improved
-            if save_due and state.step > saved_step:
-                state = _save(t, state)
-                saved_step = state.step
+            if save_due and state.step > 0 and state != saved:
+                saved = state = _save(t, state)
             if last:
                 return state
             state = _train_step(t, state)
     except Preempted:
-        if state.step > saved_step:
+        if state.step > saved.step:
             _save(t, state)
         raise
 

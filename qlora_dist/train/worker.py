@@ -4,12 +4,14 @@ This file is what surrounds training: signals, logs, and a file that says how th
 The stages themselves are in ``qlora_dist.train.stages``.
 """
 
+import os
 import sys
 import traceback
 from pathlib import Path
 
 from qlora_dist import ends
 from qlora_dist.attempt import register_rank
+from qlora_dist.checkpoints import storage_message
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.train.place import Place
@@ -24,6 +26,8 @@ def main(run_path: str) -> int:
     # Before torch is imported: that takes seconds, in which a signal would end the process.
     stop = StopRequest()
     stop.install()
+    # Read once by cuBLAS, and then needed for deterministic runs under any launcher.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = Place.from_env()
     run = RunDir(Path(run_path).absolute())
     if place.attempt is not None:
@@ -44,17 +48,18 @@ def main(run_path: str) -> int:
     except QLoRAError as error:
         code, cause = error.exit_code, str(error)
         sys.stderr.write(f"{cause}\n")
+    except OSError as error:
+        traceback.print_exc()
+        code, cause = ends.FAILED, storage_message(error, run.root)
     except Exception as error:
         traceback.print_exc()
         code, cause = ends.FAILED, f"{type(error).__name__}: {error}"
     if progress.attempt is not None:
-        ends.write_rank_end(
-            run.rank_file(progress.attempt, place.rank),
-            rank=place.rank,
-            code=code,
-            cause=cause,
-            step=progress.step,
-        )
+        path = run.rank_file(progress.attempt, place.rank)
+        try:
+            ends.write_rank_end(path, rank=place.rank, code=code, cause=cause, step=progress.step)
+        except OSError as error:
+            sys.stderr.write(f"{storage_message(error, path)}\n")
     if place.attempt is None:
         return code
     return 0 if code in _AGREED else code

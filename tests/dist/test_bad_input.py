@@ -16,9 +16,17 @@ def write(path, text):
     return path
 
 
-def test_a_missing_data_file(config, qlora):
+def test_a_missing_data_file_leaves_nothing_behind(config, qlora, tmp_path):
     done = qlora("run", config(data__source="no/such/file.jsonl"), code=2)
     assert "data.source: there is no file 'no/such/file.jsonl'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_start_that_failed_does_not_block_the_mended_config(config, qlora, tmp_path):
+    bad = write(tmp_path / "bad.jsonl", json.dumps({"input": "q"}) + "\n")
+    done = qlora("run", config(data__source=str(bad), data__validation_rows=0), code=2)
+    assert "has no field 'output'" in done.stderr
+    qlora("run", config(), "--prepare")
 
 
 def test_a_missing_model_folder(config, qlora):
@@ -51,7 +59,7 @@ def test_rows_without_the_needed_fields(config, qlora, tmp_path):
     rows = [{"input": "q", "output": "a"}] * 3 + [{"input": "q", "answer": "a"}] * 5
     path = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     done = qlora("data", config(data__source=str(path), data__validation_rows=0), code=2)
-    assert "row 4 has no field 'output'; its fields: input, output, answer" in done.stderr
+    assert "row 4 has no field 'output'; its fields: input, answer" in done.stderr
     assert "and 2 more" in done.stderr
 
 
@@ -86,13 +94,28 @@ def test_an_error_found_by_the_workers_is_one_message_too(config, qlora, tmp_pat
 
 def test_a_shape_that_is_not_the_models(config, qlora):
     done = qlora("run", config(model__shape="smollm2-135m"), code=2)
-    assert "and the plan counted 106,168,320" in done.stderr
+    assert "vocab_size is 512, planned 49152" in done.stderr
 
 
-def test_a_run_directory_of_another_spec(config, qlora, tmp_path):
-    qlora("run", config(), "--prepare")
-    done = qlora("run", config(), "optimizer.lr=5e-4", code=2)
+def test_a_run_directory_of_another_spec(config, whole_run, qlora):
+    path = config(run_dir=str(whole_run.root))
+    done = qlora("run", path, "optimizer.lr=5e-4", code=2)
     assert "optimizer.lr: 0.001 there, 0.0005 asked for" in done.stderr
+
+
+def test_an_export_never_replaces_what_it_did_not_make(whole_run, copy_of, qlora, tmp_path):
+    run = copy_of(whole_run)
+    thesis = write(tmp_path / "thesis.tex", "x")
+    done = qlora("export", run.root, "--output", tmp_path, code=2)
+    assert "was not made by qlora export" in done.stderr
+    assert thesis.exists()
+    for _ in range(2):
+        qlora("export", run.root)
+
+
+@pytest.mark.parametrize("options", [["--max-new-tokens", "0"], ["--top-p", "2"]])
+def test_generate_options_out_of_range(qlora, options):
+    assert "usage: qlora generate" in qlora("generate", "x", *options, code=2).stderr
 
 
 def test_options_may_stand_between_the_overrides(config, qlora, tmp_path):

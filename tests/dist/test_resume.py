@@ -1,13 +1,16 @@
 """A run that was stopped and resumed is the run that never was, and the check of it bites."""
 
 import json
+import os
 import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist import checkpoints
+from qlora_dist.process import start_ticks
 from qlora_dist.train.compare import differences, records
 
 
@@ -40,8 +43,15 @@ def drop_position(path):
     (path / "state.json").write_text(json.dumps(state))
 
 
-@pytest.mark.parametrize("drop", [drop_moments, drop_generators, drop_position])
-def test_the_resume_check_sees_a_part_that_was_lost(whole_run, half_run, qlora, drop):
+def drop_nothing(path):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("drop", "equal"),
+    [(drop_nothing, True), (drop_moments, False), (drop_generators, False), (drop_position, False)],
+)
+def test_the_resume_check_sees_a_part_that_was_lost(whole_run, half_run, qlora, drop, equal):
     path = checkpoints.committed_paths(half_run.checkpoints)[0]
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").unlink()
@@ -49,10 +59,13 @@ def test_the_resume_check_sees_a_part_that_was_lost(whole_run, half_run, qlora, 
     checkpoints.commit(
         path.rename(path.with_name(path.name + ".partial")),
         step=manifest["step"],
-        facts={name: manifest[name] for name in ("spec_sha256", "world_size", "versions")},
+        facts={
+            name: manifest[name]
+            for name in ("spec_sha256", "corpus_sha256", "world_size", "device", "versions")
+        },
     )
     qlora("resume", half_run.root)
-    assert differences(whole_run, half_run) != []
+    assert (differences(whole_run, half_run) == []) == equal
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
@@ -91,3 +104,69 @@ def test_a_second_launcher_is_refused_and_a_killed_one_is_succeeded(
     qlora("resume", half_run.root)
     assert differences(whole_run, half_run) == []
     assert not half_run.owner_json.exists()
+
+
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(whole_run, half_run, qlora, start):
+    launcher = start("resume", half_run.root, count=len(records(half_run)) + 1)
+    rank = json.loads(half_run.rank_file(1, 1).read_text())["process"]["pid"]
+    os.kill(rank, signal.SIGUSR1)
+    assert launcher.wait(60) == 85
+    qlora("resume", half_run.root)
+    assert differences(whole_run, half_run) == []
+
+
+def test_three_signals_end_a_hung_run_and_every_process_of_it(half_run, start):
+    launcher = start("resume", half_run.root, count=len(records(half_run)) + 1)
+    ranks = [
+        json.loads(half_run.rank_file(1, rank).read_text())["process"]["pid"] for rank in (0, 1)
+    ]
+    os.kill(ranks[1], signal.SIGSTOP)
+    for _ in range(3):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(0.6)
+    assert launcher.wait(60) == 1
+    assert all(start_ticks(pid) is None for pid in ranks)
+    assert not half_run.owner_json.exists()
+
+
+def test_a_stop_survives_a_terminal_that_is_gone(whole_run, half_run, qlora, start):
+    launcher = start("resume", half_run.root, count=len(records(half_run)) + 1)
+    launcher.stdout.close()
+    launcher.send_signal(signal.SIGHUP)
+    assert launcher.wait(60) == 85
+    qlora("resume", half_run.root)
+    assert differences(whole_run, half_run) == []
+
+
+def test_a_stop_during_the_last_evaluation_is_made_good_at_the_resume(
+    whole_run, copy_of, qlora
+):
+    """The last step is committed and its evaluation is not: as such a stop leaves a run."""
+    run = copy_of(whole_run)
+    path = checkpoints.committed_paths(run.checkpoints)[0]
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").unlink()
+    state = json.loads((path / "state.json").read_text())
+    state["train"] |= {"evaluated_step": 8, "best_step": 8}
+    (path / "state.json").write_text(json.dumps(state))
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    state["train"]["metrics_bytes"] = len(b"".join(lines[:-1]))
+    (path / "state.json").write_text(json.dumps(state))
+    del manifest["files"]
+    partial = path.rename(path.with_name(path.name + ".partial"))
+    checkpoints.commit(partial, step=manifest.pop("step"), facts=manifest)
+    qlora("resume", run.root)
+    assert differences(whole_run, run) == []
+
+
+def test_another_corpus_is_refused(config, qlora, stop, tmp_path, pairs_file):
+    data = tmp_path / "data.jsonl"
+    data.write_text(pairs_file.read_text())
+    path = config("run", data__source=str(data))
+    qlora("run", path, "--prepare")
+    code, output = stop("resume", tmp_path / "run", count=3)
+    assert code == 85, output
+    with data.open("a") as file:
+        file.write(json.dumps({"input": "one", "output": "more"}) + "\n")
+    done = qlora("resume", tmp_path / "run", code=1)
+    assert "the data is not the one that the run began with" in done.stderr

@@ -44,6 +44,9 @@ def test_a_batch_is_shared_out_over_processes_and_time():
         (["resources.gpu=h100"], "Did you mean h100-80gb?"),
         (["data.max_tokens=4096"], "use max_tokens: 2048"),
         (["adapter.target=[q_prj]"], "Did you mean q_proj?"),
+        (["adapter.target=[q_proj, q_proj]"], "names a layer twice"),
+        (["schedule.warmup_steps=10"], "use at most 9"),
+        ([f"model.source={'x' * 300}/y"], "model.source"),
         (["model.source=nobody/nothing"], "a plan asks no network"),
         (["model.shape=llama-8b"], "known: llama-7b"),
         (

@@ -109,7 +109,7 @@ def test_a_run_directory_is_private_and_reads_back(tmp_path):
 
 def test_another_spec_is_refused_key_by_key(tmp_path):
     made, spec = bundle(f"run_dir={tmp_path / 'r'}")
-    write_run_dir(made, spec)
+    write_run_dir(made, spec).checkpoints.joinpath("step_000001").mkdir(parents=True)
     other, other_spec = bundle(f"run_dir={tmp_path / 'r'}", "optimizer.lr=1e-3", "seed=4")
     with pytest.raises(RunDirError) as error:
         write_run_dir(other, other_spec)

@@ -69,6 +69,8 @@ def test_all_problems_are_named_at_once():
         ("quantization.duble=1", "quantization.kind: say which"),
         ("strategy.kind=dpp", "'single', 'ddp'"),
         ("optimizer.lr=.nan", "optimizer.lr"),
+        ("optimizer.lr=true", "optimizer.lr: input should be a valid number"),
+        ("schedule.steps=1" + "0" * 400, "schedule.steps: input should be less than or equal"),
         ("model=3", "model: should be a mapping, got 3"),
         ("name=a b", "name: string should match pattern"),
         ("nonsense", "an override is section.key=value"),
@@ -104,6 +106,11 @@ def test_a_number_in_scientific_notation_is_a_number():
     assert parse_yaml("1e-4", source="") == 1e-4
     assert parse_yaml("16", source="") == 16
     assert isinstance(parse_yaml("16", source=""), int)
+    assert parse_yaml("[1.5, .5, 1., -2E+3]", source="") == [1.5, 0.5, 1.0, -2000.0]
+
+
+def test_a_time_is_text():
+    assert spec_from_tree(GOOD, ["resources.time=12:00:00"]).resources.time == "12:00:00"
 
 
 scalars = (
@@ -112,6 +119,7 @@ scalars = (
     | st.integers()
     | st.floats()
     | st.text(string.printable, max_size=8)
+    | st.sampled_from(["x" * 300, "~nobody/x", 10**400, 1e308, -1, 2**40])
     | st.sampled_from(["nf4", "none", "ddp", "single", "oasst1", "huggyllama/llama-7b", "24gib"])
 )
 keys = st.sampled_from(
