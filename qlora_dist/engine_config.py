@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_dist.errors import PlanError
 from qlora_dist.plan import Plan
-from qlora_dist.spec import parse_yaml
+from qlora_dist.spec_file import parse_yaml
 
 _DECODER_LAYER = "LlamaDecoderLayer"
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_dist.errors import RunDirError, SpecError
-from qlora_dist.spec import RunSpec, spec_from_tree
+from qlora_dist.spec import RunSpec
+from qlora_dist.spec_file import spec_from_tree
 
 
 @dataclass(frozen=True)

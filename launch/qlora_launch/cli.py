@@ -191,7 +191,7 @@ def _say(line: str) -> None:
 
 
 def _load(args: argparse.Namespace) -> "RunSpec":
-    from qlora_dist.spec import load_spec
+    from qlora_dist.spec_file import load_spec
 
     return load_spec(args.config, args.overrides)
 

@@ -11,7 +11,8 @@ import torch
 from qlora_dist.data.corpus import load_tokenizer, prompt_of
 from qlora_dist.errors import ModelError, RunDirError
 from qlora_dist.layout import RunDir, open_run
-from qlora_dist.spec import RunSpec, spec_from_tree
+from qlora_dist.spec import RunSpec
+from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.evaluate import evaluation_mode
 from qlora_dist.train.load import load_base
 

@@ -106,7 +106,7 @@ def _train(
         plan=plan,
         length=length,
         world=world,
-        stop=stop,
+        check_stop=check_stop,
         corpus=corpus,
         # Padding is masked, so that any id serves.
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,

@@ -20,7 +20,7 @@ from qlora_dist.train.checkpoint import Checkpointer, TrainState, get_rng, set_r
 from qlora_dist.train.evaluate import evaluation_loss
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
-from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.preempt import Preempted
 from qlora_dist.train.schedule import SampleSchedule, learning_rate, shard
 from qlora_dist.train.strategy import Gradients, Strategy
 from qlora_dist.train.world import World
@@ -32,6 +32,8 @@ class Training:
 
     Attributes:
         length: Steps and warm-up, now that the samples are counted.
+        check_stop: Agrees with the other ranks on whether to go on, and raises Preempted if not;
+            all ranks call it together.
         model: Base with adapter, on its device.
         parameters: Its trainable parameters by name.
         autocast: Gives the context that forward passes run in.
@@ -42,7 +44,7 @@ class Training:
     plan: Plan
     length: Length
     world: World
-    stop: StopRequest
+    check_stop: Callable[[], None]
     corpus: Corpus
     pad_id: int
     schedule: SampleSchedule
@@ -57,15 +59,6 @@ class Training:
     track: Callable[[dict[str, float], int], None]
     say: Callable[[str], None]
     step: int = 0
-
-    def check_stop(self) -> None:
-        """Agree with the other ranks on whether to go on; all ranks call this together.
-
-        Raises:
-            Preempted: Some rank was asked to stop.
-        """
-        if self.world.any(self.stop.here()):
-            raise Preempted
 
 
 def fit(t: Training, state: TrainState) -> TrainState:

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_dist.data.reader import read_rows
 from qlora_dist.errors import DataError
-from qlora_dist.spec import spec_from_tree
+from qlora_dist.spec_file import spec_from_tree
 from tests.unit.test_spec import GOOD
 
 

@@ -10,7 +10,7 @@ from qlora_dist.engine_config import check_files
 from qlora_dist.errors import PlanError, QLoRAError, RunDirError
 from qlora_dist.layout import open_run
 from qlora_dist.plan import make_plan
-from qlora_dist.spec import spec_from_tree
+from qlora_dist.spec_file import spec_from_tree
 from qlora_launch.render import render
 from qlora_launch.rundir import write_run_dir
 from qlora_launch.show import bundle_text

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qlora_dist.errors import PlanError, SpecError
 from qlora_dist.plan import Plan, make_plan
-from qlora_dist.spec import RunSpec, load_spec, parse_yaml, spec_from_tree
+from qlora_dist.spec import RunSpec
+from qlora_dist.spec_file import load_spec, parse_yaml, spec_from_tree
 
 GOOD = {
     "name": "x",
