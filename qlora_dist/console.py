@@ -42,7 +42,11 @@ class Console:
             self._bar.close()
 
     def update(self) -> None:
-        """Show what has come since the last call."""
+        """Show what has come since the last call, as long as there is a terminal to show it on."""
+        with contextlib.suppress(OSError):
+            self._update()
+
+    def _update(self) -> None:
         for line in self._log.new_lines():
             self._print(line)
         for text in self._metrics.new_lines():

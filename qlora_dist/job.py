@@ -30,7 +30,7 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
 
     Args:
         run: The run directory; its command.json says what to start.
-        say: Takes each line that a person should see.
+        say: Takes each line that a person should see; must not raise.
         progress: Draw a progress bar on standard error.
 
     Returns:
@@ -40,18 +40,17 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
         RunDirError: Another launcher has the run.
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
-    quietly = _Quietly(say)
     with own(run) as attempt:
         process = _start(run, attempt, command["args"], command["env"])
         with (
             _Stops(run, attempt, process) as stops,
-            Console(run, attempt, quietly, bar=progress) as console,
+            Console(run, attempt, say, bar=progress) as console,
         ):
             while process.poll() is None:
-                stops.tell(quietly)
+                stops.tell(say)
                 console.update()
                 time.sleep(0.2)
-            stops.tell(quietly)
+            stops.tell(say)
         # Ranks lead sessions of their own, and can outlive a torchrun that was killed.
         kill_ranks(run, attempt, after_s=_LAST_SAVE_S)
         ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=command["world_size"])
@@ -73,20 +72,6 @@ def _start(
             preexec_fn=die_with_parent,
             env=os.environ | dict(env) | {"QLORA_ATTEMPT": str(attempt)},
         )
-
-
-class _Quietly:
-    """Says lines until nobody listens any more (a closed pipe or terminal), and then none."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say: Callable[[str], None] | None = say
-
-    def __call__(self, line: str) -> None:
-        if self._say is not None:
-            try:
-                self._say(line)
-            except OSError:
-                self._say = None
 
 
 class _Stops:

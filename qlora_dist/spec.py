@@ -18,7 +18,7 @@ from qlora_dist.shapes import ModelShape
 LARGEST = 2**40
 Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False, le=LARGEST)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Switch = Annotated[bool, Field(strict=True)]
@@ -189,7 +189,7 @@ class ScheduleSection(Section):
     """The same in steps."""
     steps: Count | None = None
     """Optimizer steps."""
-    epochs: Positive | None = None
+    epochs: Annotated[Number, Field(gt=0, le=1_000_000)] | None = None
     """Passes over the training samples, instead of steps."""
 
     @model_validator(mode="after")

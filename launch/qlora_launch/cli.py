@@ -187,7 +187,12 @@ def _probability(text: str) -> float:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """Print a line of a long command; one that nobody can read any more must not end it."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        # Later lines go nowhere, and the interpreter's last flush does not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(args: argparse.Namespace) -> "RunSpec":

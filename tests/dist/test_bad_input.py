@@ -135,7 +135,7 @@ def test_a_strategy_that_does_not_run_yet(config, qlora, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_for_good(config, qlora, tmp_path):
-    path = config(optimizer__lr=1e12, optimizer__max_grad_norm=None)
+    path = config(optimizer__lr=1e30, optimizer__max_grad_norm=None)
     done = qlora("run", path, code=93)
     assert "Try a lower optimizer.lr" in done.stderr
 

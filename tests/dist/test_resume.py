@@ -147,7 +147,7 @@ def test_a_stop_during_the_last_evaluation_is_made_good_at_the_resume(
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").unlink()
     state = json.loads((path / "state.json").read_text())
-    state["train"] |= {"evaluated_step": 8, "best_step": 8}
+    state["train"] |= {"evaluated_step": 8, "best_step": 8, "best_loss": 99.0}
     (path / "state.json").write_text(json.dumps(state))
     lines = run.metrics.read_bytes().splitlines(keepends=True)
     state["train"]["metrics_bytes"] = len(b"".join(lines[:-1]))
