@@ -129,6 +129,10 @@ def open_run(path: str | Path) -> tuple[RunDir, RunSpec]:
             raise RunDirError(f"{run.root} belongs to another user, and a run starts programs")
         tree = json.loads(run.run_json.read_text(encoding="utf-8"))
         spec = spec_from_tree(tree["spec"], source=str(run.run_json))
+    except NotADirectoryError:
+        raise RunDirError(
+            f"{run.root} is a file, not a run directory; a config is started with: qlora run CONFIG"
+        ) from None
     except FileNotFoundError:
         raise RunDirError(
             f"{run.root} is no run directory: it has no run.json. Start one with: qlora run CONFIG"

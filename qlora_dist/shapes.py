@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from qlora_dist.errors import PlanError
+from qlora_dist.hub import looks_like_path
 
 Size = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 
@@ -167,6 +168,8 @@ def find_shape(source: str, shape: str | ModelShape | None) -> ModelShape:
         config = config.expanduser()
         if config.is_file():
             return read_config(config)
+        if looks_like_path(source) and not config.parent.is_dir():
+            raise PlanError(f"model.source: there is no folder {source!r} (looked in {Path.cwd()})")
     except (OSError, RuntimeError) as error:
         raise PlanError(f"model.source: {source[:80]!r} is no usable path: {error}") from error
     name = HUB_NAMES.get(source.lower())

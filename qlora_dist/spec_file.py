@@ -196,6 +196,13 @@ def _nearest(location: Sequence[str | int]) -> str:
     section = _section_at(location[:-1])
     if section is None:
         return ""
+    homes = [
+        f"{name}.{location[-1]}"
+        for name, field in RunSpec.model_fields.items()
+        if any(location[-1] in home.model_fields for home in _sections_of(field.annotation))
+    ]
+    if len(location) == 1 and homes:
+        return f"; did you mean {' or '.join(homes)}?"
     names = list(section.model_fields)
     near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(names)}"

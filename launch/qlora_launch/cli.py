@@ -1,6 +1,7 @@
 """``qlora``: parse, call, print, exit. Each verb is a function; all else is imported by it."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Libraries' remarks are not about the user's input; ours are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from qlora_dist.errors import QLoRAError
 
     try:
@@ -65,7 +67,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     if rest:
         if args.rest is None or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        getattr(args, args.rest).extend(rest)
+        setattr(args, args.rest, [*getattr(args, args.rest), *rest])
     return args
 
 
@@ -89,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     _config_arguments(plan)
     plan.add_argument("--json", action="store_true", help="for programs")
 
-    run = verb("run", _run, "start a run")
+    run = verb("run", _run, "start a run, or go on with it if its directory is there")
     _config_arguments(run)
     run.add_argument(
         "--dry-run", action="store_true", help="print every file, argv and variable, and stop"
@@ -149,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
     )
     parser.set_defaults(rest="overrides")
 
@@ -323,6 +325,10 @@ def _export(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from qlora_dist.train.generate import Sampling, open_generator
 
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     generator = open_generator(Path(args.model), base_only=args.base, raw=args.raw)

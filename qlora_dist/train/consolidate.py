@@ -1,5 +1,6 @@
 """A checkpoint to the adapter that ``PeftModel.from_pretrained`` reads."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from safetensors.torch import save_file
 
 from qlora_dist import checkpoints
 from qlora_dist.checkpoints import Checkpoint
-from qlora_dist.errors import CheckpointError, RunDirError, UserError
+from qlora_dist.data.corpus import load_tokenizer
+from qlora_dist.errors import CheckpointError, ModelError, RunDirError, UserError
 from qlora_dist.files import fsync_file, remove_tree, replace_dir, write_json
 from qlora_dist.layout import RunDir
 from qlora_dist.spec import RunSpec
@@ -43,6 +45,9 @@ def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
             weights: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
         save_file(weights, new / PEFT_WEIGHTS, metadata={"format": "pt"})
         fsync_file(new / PEFT_WEIGHTS)
+        # As PEFT's users expect; the adapter is whole without it, where the base is not at hand.
+        with contextlib.suppress(ModelError):
+            load_tokenizer(spec).save_pretrained(new)
         replace_dir(new, run.adapter)
     except (OSError, SafetensorError) as error:
         checkpoints.discard(new)

@@ -19,8 +19,9 @@ from qlora_dist.train.consolidate import PEFT_WEIGHTS
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# In every folder that was made here, so that none but those is ever replaced.
-_MARK = "export.json"
+# In every folder that was made here: none but those is ever replaced, and its spec tells generate
+# which template the answers were learned after.
+MARK = "export.json"
 # Everything that a loader reads beside the weights.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -55,7 +56,7 @@ def export(run: RunDir, spec: RunSpec, output: Path, *, progress: bool = False) 
             _merge_file(base / name, new / name, deltas)
         if left := deltas.unused():
             raise ModelError(f"model.source: {base} lacks {', '.join(left[:3])}")
-        write_json(new / _MARK, {"run": spec.name, "spec_sha256": spec.sha256()})
+        write_json(new / MARK, {"run": spec.name, "spec": spec.model_dump(mode="json")})
         replace_dir(new, output)
     except (OSError, SafetensorError) as error:
         checkpoints.discard(new)
@@ -93,7 +94,7 @@ def base_folder(spec: RunSpec) -> Path:
 
 def _refuse_to_overwrite(output: Path) -> None:
     """Only an earlier export, or an empty folder, gives way to a new one."""
-    if output.is_dir() and (not any(output.iterdir()) or (output / _MARK).is_file()):
+    if output.is_dir() and (not any(output.iterdir()) or (output / MARK).is_file()):
         return
     if output.exists():
         raise RunDirError(

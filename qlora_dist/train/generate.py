@@ -14,6 +14,7 @@ from qlora_dist.layout import RunDir, open_run
 from qlora_dist.spec import RunSpec
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.evaluate import evaluation_mode
+from qlora_dist.train.export import MARK
 from qlora_dist.train.load import load_base
 
 
@@ -40,7 +41,7 @@ class Generator:
 
     Attributes:
         spec: Of the run that it comes from, whose prompt template it was trained with; None for a
-            model folder.
+            model of another origin, whose own chat template is used.
         raw: Give prompts as they are.
     """
 
@@ -156,10 +157,14 @@ def _spec_of_adapter(path: Path) -> RunSpec:
             f"{path} was not made by this project: it has no training.json that says how its base "
             "was quantised. Load it with peft"
         )
-    tree = json.loads(training.read_text(encoding="utf-8"))
-    # An adapter may be a stranger's: it does not decide on running code or on using a token.
+    return _read_spec(training)
+
+
+def _read_spec(path: Path) -> RunSpec:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    # The folder may be a stranger's: it does not decide on running code or on using a token.
     safe = ["model.trust_remote_code=false", "model.token_file=null"]
-    return spec_from_tree(tree["spec"], safe, source=str(training))
+    return spec_from_tree(tree["spec"], safe, source=str(path))
 
 
 def _with_adapter(spec: RunSpec, adapter: Path | None, *, raw: bool) -> Generator:
@@ -184,4 +189,5 @@ def _whole_model(path: Path, *, raw: bool) -> Generator:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
-    return Generator(model, tokenizer, None, raw)
+    spec = _read_spec(path / MARK) if (path / MARK).is_file() else None
+    return Generator(model, tokenizer, spec, raw)

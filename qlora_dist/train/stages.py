@@ -129,11 +129,12 @@ def _train(
     )
     training.step = state.step
     try:
-        fit(training, state)
+        end = fit(training, state)
     finally:
         progress.step = training.step
         finish_tracking()
-    if world.rank == 0:
+    # A run that was finished already keeps the adapter that it has, which may be a chosen one.
+    if world.rank == 0 and (end.step > state.step or not run.adapter.exists()):
         consolidate(run, spec)
         log.say(f"adapter written to {run.adapter}")
     world.barrier()

@@ -60,6 +60,8 @@ def test_all_problems_are_named_at_once():
         ("optimzer.lr=1", "optimzer: no such key; did you mean optimizer?"),
         ("batch.micro_sice=1", "batch.micro_sice: no such key; did you mean micro_size?"),
         ("optimizer.lr=fast", "for example 0.0002"),
+        ("max_tokens=5", "max_tokens: no such key; did you mean data.max_tokens?"),
+        ("lr=1.0", "lr: no such key; did you mean optimizer.lr?"),
         ("batch.global_size=true", "batch.global_size: input should be a valid integer"),
         ("batch.global_size=0", "batch.global_size: input should be greater than or equal to 1"),
         ("data.format=oast", "'self-instruct', 'oasst1'"),
