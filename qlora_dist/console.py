@@ -39,7 +39,8 @@ class Console:
     def __exit__(self, *_: object) -> None:
         self.update()
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
     def update(self) -> None:
         """Show what has come since the last call, as long as there is a terminal to show it on."""
@@ -48,7 +49,7 @@ class Console:
 
     def _update(self) -> None:
         for line in self._log.new_lines():
-            self._print(line)
+            self.say(line)
         for text in self._metrics.new_lines():
             # A resume cuts the file back, perhaps in the middle of what was about to be read.
             with contextlib.suppress(ValueError):
@@ -56,12 +57,12 @@ class Console:
                 if record["attempt"] == self._attempt and record["kind"] == "train":
                     self._show(record)
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Show a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.clear()
+            with contextlib.suppress(OSError):
+                self._bar.clear()
         self._say(line)
-        if self._bar is not None:
-            self._bar.refresh()
 
     def _show(self, record: dict[str, Any]) -> None:
         step, steps = record["step"], record["num_steps"]
@@ -74,7 +75,8 @@ class Console:
 
                 self._bar = tqdm(total=steps, initial=step - 1, unit="step", dynamic_ncols=True)
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.n = step
+            self._bar.refresh()
         elif step == steps or time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             left = _duration((steps - step) * record["step_s"])

@@ -47,10 +47,10 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
             Console(run, attempt, say, bar=progress) as console,
         ):
             while process.poll() is None:
-                stops.tell(say)
+                stops.tell(console.say)
                 console.update()
                 time.sleep(0.2)
-            stops.tell(say)
+            stops.tell(console.say)
         # Ranks lead sessions of their own, and can outlive a torchrun that was killed.
         kill_ranks(run, attempt, after_s=_LAST_SAVE_S)
         ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=command["world_size"])

@@ -56,8 +56,8 @@ def test_a_reused_pid_is_another_process(run):
         "start_ticks": me.start_ticks - 1,
     }
     run.owner_json.write_text(json.dumps(owner))
-    with own(run):
-        pass
+    with own(run) as attempt:
+        assert attempt == 0
 
 
 def test_another_machines_launcher_is_never_taken_for_dead(run):

@@ -166,8 +166,8 @@ def test_a_good_spec_with_random_parts_makes_a_plan_or_our_error(parts):
 def test_any_text_is_yaml_or_our_error(text):
     try:
         parse_yaml(text, source="t")
-    except SpecError:
-        return
+    except SpecError as error:
+        assert str(error).startswith("t: 1 problem")
 
 
 def test_every_default_is_valid_by_itself():
