@@ -5,6 +5,7 @@ so that it neither kills ranks in the middle of a save nor fills the terminal wi
 A second signal is passed on to torchrun, a third kills it and every rank.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -75,7 +76,11 @@ def _start(
 
 
 class _Stops:
-    """Signals to the launcher while an attempt runs; a handler does nothing that could fail."""
+    """Signals to the launcher while an attempt runs.
+
+    The handler asks for the stop at once and does nothing that could fail; the rest, and saying so,
+    is left to the loop.
+    """
 
     def __init__(self, run: RunDir, attempt: int, process: subprocess.Popen[bytes]) -> None:
         self._run, self._attempt, self._process = run, attempt, process
@@ -94,13 +99,14 @@ class _Stops:
 
     def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
         self._received.append(signal.Signals(number).name)
+        with contextlib.suppress(OSError):
+            self._run.stop_file(self._attempt).touch(mode=0o600)
 
     def tell(self, say: Callable[[str], None]) -> None:
         """Act on the signals that have come, and say so."""
         for name in self._received[self._told :]:
             self._told += 1
             if self._told == 1:
-                self._run.stop_file(self._attempt).touch(mode=0o600)
                 say(f"{name}: stopping, with every complete step saved")
             elif self._told == 2:
                 self._process.send_signal(signal.SIGTERM)
