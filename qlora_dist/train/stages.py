@@ -27,6 +27,7 @@ from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
 from qlora_dist.train.schedule import SampleSchedule
+from qlora_dist.train.stopwatch import Stopwatch
 from qlora_dist.train.strategy import STRATEGIES, Gradients
 from qlora_dist.train.trainer import Training, fit
 from qlora_dist.train.world import World
@@ -40,7 +41,9 @@ class Progress:
     step: int = 0
 
 
-def train(run: RunDir, place: Place, stop: StopRequest, progress: Progress) -> None:
+def train(
+    run: RunDir, place: Place, stop: StopRequest, progress: Progress, clock: Stopwatch
+) -> None:
     """Take a run to its end.
 
     Raises:
@@ -53,13 +56,21 @@ def train(run: RunDir, place: Place, stop: StopRequest, progress: Progress) -> N
         raise PlanError("\n".join(plan.not_runnable))
     check_files(run.root, plan)
     world = World.start(place, plan.topology, timeout_s=spec.resources.timeout_s)
+    clock.lap("process group")
     with _attempt(run, place, world) as progress.attempt:
-        _train(run, plan, world, stop, progress, echo=place.attempt is None)
+        _train(run, plan, world, stop, progress, clock, echo=place.attempt is None)
     world.stop()
 
 
 def _train(
-    run: RunDir, plan: Plan, world: World, stop: StopRequest, progress: Progress, *, echo: bool
+    run: RunDir,
+    plan: Plan,
+    world: World,
+    stop: StopRequest,
+    progress: Progress,
+    clock: Stopwatch,
+    *,
+    echo: bool,
 ) -> None:
     spec = plan.spec
     assert progress.attempt is not None
@@ -76,6 +87,7 @@ def _train(
     corpus = load_corpus(spec, tokenizer)
     length = plan_length(spec, len(corpus.train))
     _say_data(log, corpus, length)
+    clock.lap("data")
     check_stop()
 
     base = load_base(spec, device=world.device)
@@ -85,6 +97,7 @@ def _train(
     model.train()
     parameters = trainable(model)
     _say_model(log, plan, targets, parameters, num_linear)
+    clock.lap("model")
     check_stop()
 
     strategy = STRATEGIES[spec.strategy.kind](world)
@@ -128,6 +141,8 @@ def _train(
         say=log.say,
     )
     training.step = state.step
+    clock.lap("the rest")
+    log.say(f"ready after {clock}")
     try:
         end = fit(training, state)
     finally:

@@ -16,6 +16,7 @@ from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.stopwatch import Stopwatch
 
 # Ends that every rank comes to together; for the rest torchrun must end the other ranks.
 _AGREED = (ends.DONE, ends.PREEMPTED)
@@ -23,6 +24,7 @@ _AGREED = (ends.DONE, ends.PREEMPTED)
 
 def main(run_path: str) -> int:
     """Train, and say how it ended; returns the process's exit code."""
+    clock = Stopwatch()
     # Before torch is imported: that takes seconds, in which a signal would end the process.
     stop = StopRequest()
     stop.install()
@@ -39,10 +41,11 @@ def main(run_path: str) -> int:
 
     from qlora_dist.train.stages import Progress, train
 
+    clock.lap("imports")
     progress = Progress(place.attempt)
     code, cause = ends.DONE, "trained to the last step"
     try:
-        train(run, place, stop, progress)
+        train(run, place, stop, progress, clock)
     except Preempted:
         code, cause = ends.PREEMPTED, f"stopped after step {progress.step}"
     except QLoRAError as error:
