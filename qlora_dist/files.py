@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,19 @@ def replace_dir(new: Path, final: Path) -> None:
     new.rename(final)
     fsync_dir(final.parent)
     remove_tree(old)
+
+
+def wait_for(path: Path, timeout_s: float) -> None:
+    """Wait until a path that another machine has made is seen here.
+
+    Raises:
+        FileNotFoundError: It is not, after that long.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"{path} is not seen on {platform.node()}")
+        time.sleep(0.5)
 
 
 def remove_tree(path: Path) -> None:

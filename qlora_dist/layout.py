@@ -147,6 +147,16 @@ def open_run(path: str | Path) -> tuple[RunDir, RunSpec]:
     return run, spec
 
 
+def run_dir_of(spec: RunSpec) -> Path:
+    """Folder of a run, absolute."""
+    return Path(spec.run_dir or f"runs/{spec.name}").expanduser().absolute()
+
+
+def corpora_dir(spec: RunSpec, run_root: Path) -> Path:
+    """Folder of the tokenised corpora, which runs beside one another share."""
+    return Path(spec.data.store_dir or run_root.parent / "corpora").expanduser()
+
+
 def newest_attempt(run: RunDir) -> int | None:
     """Number of the newest attempt; None before the first."""
     try:

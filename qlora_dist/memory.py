@@ -28,6 +28,8 @@ GPU_MIB: dict[str, int] = {
 }
 
 # bitsandbytes 0.50: NF4 in blocks of 64 weights, their constants again in blocks of 256.
+# Moments that share one constant in bitsandbytes' 8-bit optimizers.
+OPTIMIZER_BLOCK = 256
 NF4_BLOCK = 64
 NESTED_BLOCK = 256
 
@@ -219,12 +221,8 @@ def _training_state(
     copy = count * compute if compute < size else 0
     on_device = count // shards["weights"] * size + copy
     gradients = count * size // shards["gradients"]
-    moments = (
-        8 * count // shards["optimizer"]
-        if spec.optimizer.kind != "adamw"
-        else (2 * size * count // shards["optimizer"])
-    )
-    paged = spec.optimizer.kind == "paged_adamw_32bit"
+    moments, what = _moments(spec, size)
+    paged = spec.optimizer.kind.startswith("paged_")
     return (
         Component(
             "adapter",
@@ -239,11 +237,20 @@ def _training_state(
         ),
         Component(
             "optimizer",
-            moments,
-            "two moments a parameter" + (", paged: may move to host memory" if paged else ""),
+            int(moments * count) // shards["optimizer"],
+            what + (", paged: may move to host memory" if paged else ""),
             in_torch=not paged,
         ),
     )
+
+
+def _moments(spec: RunSpec, size: int) -> tuple[float, str]:
+    """Bytes of optimizer state for one parameter of ``size`` bytes, and what they are."""
+    if spec.optimizer.kind == "adamw":
+        return 2 * size, f"two moments of {size} bytes a parameter"
+    if spec.optimizer.kind.endswith("_32bit"):
+        return 8, "two moments of 4 bytes a parameter"
+    return 2 + 2 * 4 / OPTIMIZER_BLOCK, (f"two moments of 1 byte + 4/{OPTIMIZER_BLOCK} a parameter")
 
 
 def _activations(spec: RunSpec, shape: ModelShape, tokens: int) -> tuple[Component, ...]:

@@ -51,12 +51,29 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class CorpusFacts:
+    """What is known of the data once it has been tokenised.
+
+    Attributes:
+        num_samples: Samples in an epoch.
+        num_sequences: Sequences in an epoch: the samples, or packs of them.
+        num_tokens: Tokens in an epoch.
+        useful: Part of what a forward pass computes that is not padding.
+    """
+
+    num_samples: int
+    num_sequences: int
+    num_tokens: int
+    useful: float
+
+
+@dataclass(frozen=True)
 class Length:
-    """How long the run is; None is what only the data can tell."""
+    """How long the run is, in sequences; None is what only the data can tell."""
 
     steps: int | None
     warmup_steps: int | None
-    num_samples: int | None
+    num_sequences: int | None
     epochs: float | None
     max_tokens: int | None
 
@@ -70,6 +87,7 @@ class Plan:
     topology: Topology
     batch: BatchPlan
     length: Length
+    corpus: CorpusFacts | None
     num_adapter_params: int
     memory: MemoryPlan
     not_runnable: tuple[str, ...]
@@ -85,13 +103,18 @@ class Plan:
             "topology": asdict(self.topology) | {"world_size": self.topology.world_size},
             "batch": asdict(self.batch),
             "length": asdict(self.length),
+            "corpus": asdict(self.corpus) if self.corpus else None,
             "memory": asdict(self.memory) | {"fits": self.memory.fits},
             "not_runnable": list(self.not_runnable),
         }
 
 
-def make_plan(spec: RunSpec) -> Plan:
+def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
     """Derive a plan.
+
+    Args:
+        spec: What is asked for.
+        corpus: What is known of the data; None before it has been tokenised.
 
     Raises:
         PlanError: The spec asks for something impossible; the message names every such thing.
@@ -118,7 +141,8 @@ def make_plan(spec: RunSpec) -> Plan:
         shape=shape,
         topology=topology,
         batch=batch,
-        length=plan_length(spec, spec.data.num_samples),
+        length=plan_length(spec, corpus.num_sequences if corpus else spec.data.num_samples),
+        corpus=corpus,
         num_adapter_params=adapter_params(spec, shape),
         memory=plan_memory(
             spec,
@@ -130,21 +154,21 @@ def make_plan(spec: RunSpec) -> Plan:
     )
 
 
-def plan_length(spec: RunSpec, num_samples: int | None) -> Length:
-    """Steps, warm-up and epochs; the worker calls this again once it has counted the samples."""
+def plan_length(spec: RunSpec, num_sequences: int | None) -> Length:
+    """Steps, warm-up and epochs; the worker calls this again once the data is tokenised."""
     schedule, size = spec.schedule, spec.batch.global_size
     steps = schedule.steps
-    if steps is None and num_samples is not None:
+    if steps is None and num_sequences is not None:
         assert schedule.epochs is not None
-        steps = max(1, math.ceil(schedule.epochs * num_samples / size))
+        steps = max(1, math.ceil(schedule.epochs * num_sequences / size))
     warmup = schedule.warmup_steps
     if warmup is None and steps is not None:
         warmup = math.ceil((schedule.warmup_ratio or 0.0) * steps)
     epochs = schedule.epochs
-    if epochs is None and steps is not None and num_samples is not None:
-        epochs = steps * size / num_samples
+    if epochs is None and steps is not None and num_sequences is not None:
+        epochs = steps * size / num_sequences
     max_tokens = None if steps is None else steps * size * spec.data.sequence_tokens
-    return Length(steps, warmup, num_samples, epochs, max_tokens)
+    return Length(steps, warmup, num_sequences, epochs, max_tokens)
 
 
 def _topology(spec: RunSpec) -> Topology:
@@ -232,14 +256,25 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
                     f"adapter.target: no linear layer is called {name!r}; there are "
                     f"{', '.join(shape.linears)}" + (f". Did you mean {near[0]}?" if near else "")
                 )
-    if spec.model.attention == "flash_attention_2" and spec.resources.gpus_per_node == 0:
-        problems.append("model.attention: flash_attention_2 needs a GPU; use sdpa")
+    if spec.model.attention == "varlen" and not _has_varlen(spec):
+        problems.append("model.attention: varlen needs a GPU and dtype bf16; use sdpa")
     if shape.num_heads % shape.num_kv_heads:
         problems.append(
             f"model.shape: {shape.num_heads} heads cannot share {shape.num_kv_heads} key-value "
             "heads; num_kv_heads must divide num_heads"
         )
     return problems
+
+
+def attention_of(spec: RunSpec) -> str:
+    """The attention kernel that a run uses."""
+    if spec.model.attention != "auto":
+        return spec.model.attention
+    return "varlen" if spec.data.packing and _has_varlen(spec) else "sdpa"
+
+
+def _has_varlen(spec: RunSpec) -> bool:
+    return spec.resources.gpus_per_node > 0 and spec.model.dtype == "bf16"
 
 
 def _not_runnable(spec: RunSpec) -> tuple[str, ...]:

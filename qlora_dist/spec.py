@@ -24,7 +24,9 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
+Learn = Literal["auto", "answer", "all"]
 StrategyKind = Literal["single", "ddp", "fsdp", "hsdp", "zero2", "zero3"]
+OptimizerKind = Literal["adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"]
 FormatName = Literal["self-instruct", "oasst1", "input-output", "ptt"]
 
 
@@ -48,8 +50,10 @@ class ModelSection(Section):
     config.json tells it."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of the weights that are not quantised and of the computation."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel, as transformers names it."""
+    attention: Literal["auto", "sdpa", "eager", "varlen"] = "auto"
+    """Attention kernel. sdpa, eager: as transformers names them. varlen: torch's FlashAttention
+    kernel for samples of many lengths in one row, without padding. auto: varlen for packed
+    sequences on a GPU in bf16, else sdpa."""
     gradient_checkpointing: Switch = True
     """Keep only each layer's input in the forward pass and compute the rest again in the backward
     pass: less memory, about a third more work."""
@@ -97,8 +101,8 @@ class LoraAdapter(Section):
     """Dtype of the adapter's weights, gradients and optimizer moments."""
 
 
-class DataSection(Section):
-    """The corpus, and what of it is learned."""
+class DatasetSection(Section):
+    """One dataset of a mix, and what of it is learned."""
 
     source: Text = Field(examples=["data/dialogs.jsonl"])
     """A .json, .jsonl, .csv, .tsv or .txt file, or a dataset's name on the hub."""
@@ -112,9 +116,38 @@ class DataSection(Section):
     """Commit, tag or branch of a hub dataset."""
     template: Text | None = None
     """Text of the prompt with {source} where the row's own goes; the format's default if absent."""
-    learn: Literal["auto", "answer", "all"] = "auto"
+    learn: Learn = "auto"
     """answer: only answers are learned. all: prompts too. auto: what the format's original recipe
     does (for oasst1 the whole conversation, for the rest the answer)."""
+    weight: Count = 1
+    """Times that each of its samples comes in an epoch."""
+
+    @model_validator(mode="after")
+    def _template_has_source(self) -> "DatasetSection":
+        _check_template(self.template)
+        return self
+
+
+class DataSection(Section):
+    """The corpus, and what of it is learned: one dataset, or a mix of several."""
+
+    source: Text | None = Field(None, examples=["data/dialogs.jsonl"])
+    """A .json, .jsonl, .csv, .tsv or .txt file, or a dataset's name on the hub."""
+    format: FormatName | None = Field(None, examples=["oasst1"])
+    """How a row becomes a prompt and an answer."""
+    subset: Text | None = None
+    """Configuration of a hub dataset."""
+    split: Text = "train"
+    """Split of a hub dataset."""
+    revision: Text | None = None
+    """Commit, tag or branch of a hub dataset."""
+    template: Text | None = None
+    """Text of the prompt with {source} where the row's own goes; the format's default if absent."""
+    learn: Learn = "auto"
+    """answer: only answers are learned. all: prompts too. auto: what the format's original recipe
+    does (for oasst1 the whole conversation, for the rest the answer)."""
+    mix: Annotated[list[DatasetSection], Field(min_length=1)] | None = None
+    """Several datasets, instead of the keys above."""
     source_tokens: Count | None = None
     """Longest prompt, in tokens; longer ones lose their end. Goes with target_tokens."""
     target_tokens: Count | None = None
@@ -128,8 +161,38 @@ class DataSection(Section):
     group_by_length: Switch = False
     """Batches of similar length, as the paper's recipe has it; the order stays a function of seed
     and epoch."""
+    packing: Switch = False
+    """Put several samples into one sequence, best fit first, up to the token limit; none sees
+    another. Batch sizes then count such sequences."""
+    store_dir: Text | None = None
+    """Folder of the tokenised corpora, which runs share; a folder "corpora" beside the run if
+    absent."""
     num_samples: Count | None = None
-    """Training samples, for a plan that cannot read the data."""
+    """Training sequences, for a plan that cannot read the data."""
+
+    @model_validator(mode="after")
+    def _one_dataset_or_a_mix(self) -> "DataSection":
+        own = {name for name in DatasetSection.model_fields if name in self.model_fields_set}
+        if self.mix is not None and own:
+            raise ValueError(
+                f"mix lists the datasets; {', '.join(sorted(own))} goes into its entries"
+            )
+        missing = [name for name in ("source", "format") if getattr(self, name) is None]
+        if self.mix is None and missing:
+            example = {"source": "data/dialogs.jsonl", "format": "oasst1"}
+            raise ValueError(
+                f"{' and '.join(missing)} must be given; for example "
+                + ", ".join(f"{name}: {example[name]}" for name in missing)
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_batch(self) -> "DataSection":
+        if self.packing and self.group_by_length:
+            raise ValueError(
+                "packing fills every sequence, and leaves group_by_length no use; remove one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_limit(self) -> "DataSection":
@@ -144,9 +207,16 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _template_has_source(self) -> "DataSection":
-        if self.template is not None and self.template.count("{source}") != 1:
-            raise ValueError("template must contain {source} once; for example 'Q: {source}\\nA: '")
+        _check_template(self.template)
         return self
+
+    @property
+    def datasets(self) -> tuple[DatasetSection, ...]:
+        """The datasets in their order, one or several."""
+        if self.mix is not None:
+            return tuple(self.mix)
+        names = set(DatasetSection.model_fields) & set(DataSection.model_fields)
+        return (DatasetSection(**{name: getattr(self, name) for name in names}),)
 
     @property
     def sequence_tokens(self) -> int:
@@ -158,12 +228,17 @@ class DataSection(Section):
         return self.source_tokens + self.target_tokens
 
 
+def _check_template(template: str | None) -> None:
+    if template is not None and template.count("{source}") != 1:
+        raise ValueError("template must contain {source} once; for example 'Q: {source}\\nA: '")
+
+
 class OptimizerSection(Section):
     """AdamW."""
 
-    kind: Literal["adamw", "paged_adamw_32bit"] = "paged_adamw_32bit"
-    """adamw: torch's, fused on a GPU. paged_adamw_32bit: bitsandbytes', whose moments may be
-    evicted to host memory."""
+    kind: OptimizerKind = "paged_adamw_32bit"
+    """adamw: torch's, fused on a GPU. The others are bitsandbytes': 8bit quantises the moments in
+    blocks of 256, paged moments may be evicted to host memory."""
     lr: Positive = 2e-4
     """Peak learning rate."""
     beta1: Fraction = 0.9

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_dist import __version__
 
 if TYPE_CHECKING:
     from qlora_dist.ends import RankEnd
     from qlora_dist.layout import RunDir
+    from qlora_dist.plan import CorpusFacts
     from qlora_dist.spec import RunSpec
 
 _INTRO = """\
@@ -206,7 +207,8 @@ def _load(args: argparse.Namespace) -> "RunSpec":
 def _plan(args: argparse.Namespace) -> int:
     from qlora_dist.plan import make_plan
 
-    plan = make_plan(_load(args))
+    spec = _load(args)
+    plan = make_plan(spec, _corpus_facts(spec))
     if args.json:
         import json
 
@@ -216,6 +218,24 @@ def _plan(args: argparse.Namespace) -> int:
 
         print(plan_text(plan))
     return 0
+
+
+def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
+    """What is known of the data, if it has been tokenised before."""
+    from qlora_dist.data import notes
+    from qlora_dist.layout import corpora_dir, run_dir_of
+
+    path = notes.read(spec, corpora_dir(spec, run_dir_of(spec)))
+    if path is None:
+        return None
+    from qlora_dist.data.corpus import Corpus
+    from qlora_dist.data.schedule import corpus_facts
+    from qlora_dist.data.store import DamagedStoreError, open_store
+
+    try:
+        return corpus_facts(spec, Corpus(open_store(path, verify=False)))
+    except (FileNotFoundError, DamagedStoreError):
+        return None
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -284,12 +304,19 @@ def _failure_text(run: "RunDir", end: "RankEnd") -> str:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from qlora_dist.data.corpus import load_corpus, load_tokenizer
+    from qlora_dist.data.build import ensure_store
+    from qlora_dist.data.corpus import Corpus
+    from qlora_dist.data.tokenizer import load_tokenizer
+    from qlora_dist.layout import corpora_dir, run_dir_of
     from qlora_launch.show_data import report, samples_text
 
     spec = _load(args)
     tokenizer = load_tokenizer(spec)
-    corpus = load_corpus(spec, tokenizer)
+    with _RowBar() as bar:
+        store = ensure_store(
+            spec, tokenizer, corpora_dir(spec, run_dir_of(spec)), on_rows=bar.update, say=_say
+        )
+    corpus = Corpus(store, spec.evaluation.max_rows)
     if args.json:
         import json
 
@@ -299,6 +326,30 @@ def _data(args: argparse.Namespace) -> int:
         print(f"{key + ':':<24}{value}")
     print(samples_text(corpus, tokenizer, count=args.show, color=sys.stdout.isatty()), end="")
     return 0
+
+
+class _RowBar:
+    """A progress bar over rows, drawn only where tokenising has to be done, on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> "_RowBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="row", desc="tokenising", dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
 
 
 def _consolidate(args: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ import yaml
 
 from qlora_dist import __version__
 from qlora_dist.engine_config import accelerate_config, deepspeed_config
+from qlora_dist.layout import run_dir_of
 from qlora_dist.plan import Plan
-from qlora_dist.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,6 @@ def render(plan: Plan) -> Bundle:
     if engine is not None:
         files["ds_config.json"] = _json(engine)
     return Bundle(run_dir, files, (sys.executable, *args, str(run_dir)), env)
-
-
-def run_dir_of(spec: RunSpec) -> Path:
-    """Folder of a run, absolute."""
-    return Path(spec.run_dir or f"runs/{spec.name}").expanduser().absolute()
 
 
 def torchrun_args(plan: Plan) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from qlora_dist.checkpoints import committed_paths
-from qlora_dist.data.reader import SUFFIXES
-from qlora_dist.errors import DataError, ModelError, QLoRAError, RunDirError
+from qlora_dist.data.reader import local_file
+from qlora_dist.errors import ModelError, QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_text
 from qlora_dist.hub import looks_like_path
 from qlora_dist.layout import RunDir, open_run
@@ -24,7 +24,15 @@ def absolute_paths(spec: RunSpec) -> RunSpec:
         model = model.model_copy(
             update={"token_file": str(Path(model.token_file).expanduser().absolute())}
         )
-    data = spec.data.model_copy(update={"source": _absolute(spec.data.source)})
+    data = spec.data
+    if data.mix is not None:
+        mix = [d.model_copy(update={"source": _absolute(d.source)}) for d in data.mix]
+        data = data.model_copy(update={"mix": mix})
+    elif data.source is not None:
+        data = data.model_copy(update={"source": _absolute(data.source)})
+    if data.store_dir is not None:
+        store_dir = str(Path(data.store_dir).expanduser().absolute())
+        data = data.model_copy(update={"store_dir": store_dir})
     return spec.model_copy(update={"model": model, "data": data})
 
 
@@ -82,10 +90,8 @@ def check_local_paths(spec: RunSpec) -> None:
     """
     if looks_like_path(spec.model.source) and not Path(spec.model.source).expanduser().is_dir():
         raise ModelError(f"model.source: there is no folder {spec.model.source!r}")
-    data = Path(spec.data.source).expanduser()
-    written_as_file = looks_like_path(spec.data.source) or data.suffix in SUFFIXES
-    if written_as_file and not data.is_file():
-        raise DataError(f"data.source: there is no file {spec.data.source!r}")
+    for dataset in spec.data.datasets:
+        local_file(dataset)
 
 
 def _differences(run: RunDir, spec: RunSpec) -> list[str]:

@@ -64,10 +64,15 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
 def _length_lines(plan: Plan) -> Iterator[str]:
     length, schedule = plan.length, plan.spec.schedule
     unknown = "unknown until the data is counted; or give data.num_samples"
-    if length.num_samples is None:
-        yield _row("samples", "unknown", "data.num_samples is not given")
+    if plan.corpus is not None:
+        why = "best-fit packs of samples" if plan.spec.data.packing else "one sample each"
+        yield _row("sequences", f"{plan.corpus.num_sequences:,}", f"{why}, as tokenised")
+        useful = f"of {plan.corpus.num_tokens:,} tokens an epoch and their padding"
+        yield _row("useful tokens", f"{plan.corpus.useful:.1%}", useful)
+    elif length.num_sequences is None:
+        yield _row("sequences", "unknown", "run `qlora data` first, or give data.num_samples")
     else:
-        yield _row("samples", f"{length.num_samples:,}", "data.num_samples")
+        yield _row("sequences", f"{length.num_sequences:,}", "data.num_samples")
     if length.steps is None:
         yield _row("steps", "unknown", unknown)
     else:
@@ -80,7 +85,7 @@ def _length_lines(plan: Plan) -> Iterator[str]:
         )
         yield _row("tokens", f"<= {length.max_tokens:,}", "steps x tokens a step")
     if schedule.epochs is None and length.epochs is not None:
-        yield _row("epochs", f"{length.epochs:.2f}", "steps x global batch / samples")
+        yield _row("epochs", f"{length.epochs:.2f}", "steps x global batch / sequences")
 
 
 def _fit_line(plan: Plan) -> str:

@@ -1,188 +1,99 @@
-"""A run's samples: read, formatted, tokenised and split."""
+"""A run's samples, as they lie in its store."""
 
-import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from qlora_dist.data.example import Dropped, Example, MissingField
-from qlora_dist.data.formats import load_format
-from qlora_dist.data.reader import read_rows
-from qlora_dist.data.tokens import Sample, tokenize
-from qlora_dist.errors import DataError, ModelError
-from qlora_dist.hub import explain, looks_like_path, read_token
-from qlora_dist.spec import RunSpec
-
-_BATCH = 1000
-_SHOWN_BAD_ROWS = 3
+from qlora_dist.data.store import Store
+from qlora_dist.data.tokens import Sample
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Samples of a run.
+    """Training sequences and held-out samples.
+
+    A sequence is one sample or, with packing, several.
 
     Attributes:
-        train: Samples to train on, in the order of the source.
-        validation: Samples held out.
-        num_rows: Rows that were read.
-        dropped: Reason -> examples that were left out for it.
+        store: Where they lie.
+        max_validation: Only the first so many of the held-out samples are used; None: all.
     """
 
-    train: Sequence[Sample]
-    validation: Sequence[Sample]
-    num_rows: int
-    dropped: dict[str, int]
+    store: Store
+    max_validation: int | None = None
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences in an epoch."""
+        offsets = self.store.arrays.get("pack_offsets")
+        return len(self.store.arrays["train"]) if offsets is None else len(offsets) - 1
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch; a weight counts them as often as they come."""
+        return len(self.store.arrays["train"])
+
+    def documents(self, sequence: int) -> list[Sample]:
+        """Samples of a training sequence, in their order."""
+        arrays = self.store.arrays
+        if "pack_offsets" not in arrays:
+            return [self._sample(int(arrays["train"][sequence]))]
+        first, end = arrays["pack_offsets"][sequence : sequence + 2]
+        members = arrays["pack_members"][first:end]
+        return [self._sample(int(number)) for number in arrays["train"][members]]
+
+    @property
+    def validation(self) -> Sequence[Sample]:
+        """Samples held out."""
+        return _Samples(self, self.store.arrays["validation"][: self.max_validation])
+
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each training sample, int64 of shape ``(samples,)``."""
-        return np.array([len(sample.ids) for sample in self.train], np.int64)
+        """Tokens of each training sequence, int64 of shape ``(sequences,)``."""
+        return self._per_sequence(np.diff(self.store.arrays["offsets"]))
 
-    def sha256(self) -> str:
-        """Fingerprint of all tokens and learned marks, in their order."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.validation):
-            digest.update(len(part).to_bytes(8, "little"))
-            for sample in part:
-                digest.update(len(sample.ids).to_bytes(8, "little"))
-                digest.update(sample.ids.tobytes())
-                digest.update(np.packbits(sample.learned).tobytes())
-        return digest.hexdigest()
+    @cached_property
+    def targets(self) -> npt.NDArray[np.int64]:
+        """Target tokens of each training sequence, int64 of shape ``(sequences,)``."""
+        return self._per_sequence(self.store.arrays["targets"])
 
+    def _per_sequence(self, per_sample: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        arrays = self.store.arrays
+        values: npt.NDArray[np.int64] = per_sample[arrays["train"]].astype(np.int64)
+        if "pack_offsets" not in arrays:
+            return values
+        sums = np.add.reduceat(values[arrays["pack_members"]], arrays["pack_offsets"][:-1])
+        return np.asarray(sums, np.int64)
 
-def load_tokenizer(spec: RunSpec) -> Any:
-    """The model's tokenizer, padding on the right.
-
-    Raises:
-        ModelError: It is missing or gated, or has no EOS token.
-    """
-    from transformers import AutoTokenizer
-
-    model = spec.model
-    if looks_like_path(model.source) and not Path(model.source).expanduser().is_dir():
-        raise ModelError(f"model.source: there is no folder {model.source!r}")
-    source = model.source
-    if Path(source).expanduser().is_dir():
-        source = str(Path(source).expanduser())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            revision=model.revision,
-            padding_side="right",
-            trust_remote_code=model.trust_remote_code,
-            token=read_token(model.token_file),
-        )
-    except (OSError, ValueError) as error:
-        message = explain(error, kind="tokenizer", key="model.source", source=model.source)
-        raise ModelError(message) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.source: the tokenizer of {model.source!r} has no EOS token")
-    return tokenizer
+    def _sample(self, number: int) -> Sample:
+        arrays = self.store.arrays
+        first, end = arrays["offsets"][number : number + 2]
+        source_cut, target_cut = arrays["cuts"][number].tolist()
+        # Copies: a tensor over a read-only map would be one that nobody may write to.
+        ids, learned = (np.array(arrays[name][first:end]) for name in ("tokens", "learned"))
+        return Sample(ids, learned, source_cut, target_cut)
 
 
-def load_corpus(spec: RunSpec, tokenizer: Any) -> Corpus:
-    """Read and tokenise the whole corpus.
+class _Samples(Sequence[Sample]):
+    """Samples by their numbers, read when they are asked for."""
 
-    Raises:
-        DataError: It is missing or malformed, or nothing of it can be trained on.
-    """
-    examples, dropped, num_rows = _examples(spec)
-    samples = _tokenize_all(spec, tokenizer, examples)
-    train_ids, validation_ids = _split(spec, len(samples))
-    for index in (*train_ids, *validation_ids):
-        if samples[index] is None:
-            dropped["the prompt leaves no room for an answer within the limit"] += 1
-    train = [s for i in train_ids if (s := samples[i]) is not None]
-    validation = [s for i in validation_ids if (s := samples[i]) is not None]
-    if spec.evaluation.max_rows is not None:
-        validation = validation[: spec.evaluation.max_rows]
-    if not train:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
-        raise DataError(
-            f"data.source: {spec.data.source!r} leaves nothing to train on"
-            + (f": {reasons}" if reasons else "")
-        )
-    return Corpus(train, validation, num_rows, dict(dropped))
+    def __init__(self, corpus: Corpus, numbers: npt.NDArray[np.int64]) -> None:
+        self._corpus, self._numbers = corpus, numbers
 
+    def __len__(self) -> int:
+        return len(self._numbers)
 
-def prompt_of(spec: RunSpec, question: str) -> str:
-    """A question in the template that the run's answers were learned after."""
-    template = spec.data.template or load_format(spec.data.format).QUESTION
-    return template.replace("{source}", question)
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
 
+    @overload
+    def __getitem__(self, index: slice) -> "_Samples": ...
 
-def template_of(spec: RunSpec) -> str:
-    """The prompt's template: the spec's, or the format's."""
-    return spec.data.template or load_format(spec.data.format).TEMPLATE
-
-
-def learn_of(spec: RunSpec) -> str:
-    """What is learned, "answer" or "all"."""
-    learn = spec.data.learn
-    return load_format(spec.data.format).LEARN if learn == "auto" else learn
-
-
-def _examples(spec: RunSpec) -> tuple[list[Example], Counter[str], int]:
-    make = load_format(spec.data.format).examples
-    examples: list[Example] = []
-    dropped: Counter[str] = Counter()
-    bad: list[str] = []
-    number = 0
-    for number, row in enumerate(read_rows(spec), start=1):
-        try:
-            examples += make(row)
-        except Dropped as reason:
-            dropped[str(reason)] += 1
-        except MissingField as error:
-            bad.append(f"row {number} {error}; its fields: {', '.join(_there(row))}")
-    if bad:
-        more = f"\n  and {len(bad) - _SHOWN_BAD_ROWS} more" if len(bad) > _SHOWN_BAD_ROWS else ""
-        raise DataError(
-            f"data.source: {spec.data.source!r} is not in the format {spec.data.format!r}\n  "
-            + "\n  ".join(bad[:_SHOWN_BAD_ROWS])
-            + more
-        )
-    return examples, dropped, number
-
-
-def _there(row: dict[str, object]) -> list[str]:
-    """Fields that the row itself has; the reader fills in those that other rows have."""
-    return [name for name, value in row.items() if value is not None]
-
-
-def _tokenize_all(
-    spec: RunSpec, tokenizer: Any, examples: Sequence[Example]
-) -> list[Sample | None]:
-    samples: list[Sample | None] = []
-    for start in range(0, len(examples), _BATCH):
-        samples += tokenize(
-            examples[start : start + _BATCH],
-            tokenizer,
-            spec.data,
-            template=template_of(spec),
-            learn=learn_of(spec),
-        )
-    return samples
-
-
-def _split(spec: RunSpec, count: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out, as the original recipe splits them."""
-    held_out = spec.data.validation_rows
-    if held_out == 0:
-        return list(range(count)), []
-    if held_out >= count:
-        raise DataError(
-            f"data.validation_rows: {held_out} of {count} examples leave nothing to train on; use "
-            f"at most {max(count - 1, 0)}"
-        )
-    from datasets import Dataset
-
-    split = Dataset.from_dict({"index": range(count)}).train_test_split(
-        test_size=held_out, shuffle=True, seed=spec.data.validation_seed
-    )
-    return list(split["train"]["index"]), list(split["test"]["index"])
+    def __getitem__(self, index: int | slice) -> "Sample | _Samples":
+        if isinstance(index, slice):
+            return _Samples(self._corpus, self._numbers[index])
+        return self._corpus._sample(int(self._numbers[index]))

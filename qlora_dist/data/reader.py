@@ -1,21 +1,20 @@
 """Rows of a local file or of a hub dataset, through Hugging Face ``datasets``."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.errors import DataError
+from qlora_dist.files import sha256_file
 from qlora_dist.hub import explain, looks_like_path, read_token
-from qlora_dist.spec import RunSpec
+from qlora_dist.spec import DatasetSection
 
 # Suffix -> builder of ``datasets``.
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
-SUFFIXES = tuple(_BUILDERS)
 
 
-def read_rows(spec: RunSpec) -> Iterator[dict[str, object]]:
-    """Rows in the order of the source.
+def read_rows(dataset: DatasetSection, token_file: str | None) -> Any:
+    """Rows in the order of the source, as a ``datasets.Dataset``: memory-mapped, not in memory.
 
     Raises:
         DataError: The file or dataset is missing, empty, or malformed.
@@ -24,36 +23,62 @@ def read_rows(spec: RunSpec) -> Iterator[dict[str, object]]:
     from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
-    data = spec.data
-    path = Path(data.source).expanduser()
+    source = dataset.source
     try:
-        if path.is_file():
+        path = local_file(dataset)
+        if path is not None:
             rows = _load_file(datasets, path)
-        elif path.exists() or looks_like_path(data.source) or path.suffix in _BUILDERS:
-            raise DataError(
-                f"data.source: there is no file {data.source!r}"
-                + (f" (looked in {Path.cwd()})" if not path.is_absolute() else "")
-            )
         else:
             rows = datasets.load_dataset(
-                data.source,
-                data.subset,
-                split=data.split,
-                revision=data.revision,
-                token=read_token(spec.model.token_file),
+                source,
+                dataset.subset,
+                split=dataset.split,
+                revision=dataset.revision,
+                token=read_token(token_file),
             )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise DataError(f"data.source: {data.source!r} cannot be read: {cause}") from error
+        raise DataError(f"data.source: {source!r} cannot be read: {cause}") from error
     except (OSError, ValueError) as error:
         # What ``datasets`` says of a table that has a header and nothing else.
         if "corresponds to no data" in str(error):
-            raise DataError(f"data.source: {data.source!r} holds no rows") from error
-        message = explain(error, kind="dataset", key="data.source", source=data.source)
+            raise DataError(f"data.source: {source!r} holds no rows") from error
+        message = explain(error, kind="dataset", key="data.source", source=source)
         raise DataError(message) from error
     if len(rows) == 0:
-        raise DataError(f"data.source: {data.source!r} holds no rows")
-    return iter(rows)
+        raise DataError(f"data.source: {source!r} holds no rows")
+    return rows
+
+
+def local_file(dataset: DatasetSection) -> Path | None:
+    """The dataset's file; None for one on the hub.
+
+    Raises:
+        DataError: It is written as a file, and there is none.
+    """
+    path = Path(dataset.source).expanduser()
+    if path.is_file():
+        return path
+    if path.exists() or looks_like_path(dataset.source) or path.suffix in _BUILDERS:
+        raise DataError(
+            f"data.source: there is no file {dataset.source!r}"
+            + (f" (looked in {Path.cwd()})" if not path.is_absolute() else "")
+        )
+    return None
+
+
+def content_id(dataset: DatasetSection, token_file: str | None) -> str:
+    """What tells one state of a dataset from another: a file's hash, or a hub dataset's commit.
+
+    Raises:
+        DataError: As :func:`read_rows`.
+    """
+    path = local_file(dataset)
+    if path is not None:
+        return sha256_file(path)
+    # ``datasets`` names the folder of its cache after the commit.
+    files = read_rows(dataset, token_file).cache_files
+    return "/".join(Path(files[0]["filename"]).parts[-4:]) if files else dataset.source
 
 
 def _load_file(datasets: Any, path: Path) -> Any:

@@ -33,6 +33,11 @@ class Sample:
     source_cut: int
     target_cut: int
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the loss counts; the first has nothing to be predicted from."""
+        return int(np.count_nonzero(self.learned[1:]))
+
 
 def tokenize(
     examples: Sequence[Example], tokenizer: Any, data: DataSection, *, template: str, learn: str
@@ -55,19 +60,17 @@ def tokenize(
     encoded = tokenizer(
         [e.target for e in examples], add_special_tokens=False, return_offsets_mapping=spans
     )
+    # Attributes of a tokenizer are looked up in tables each time.
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     samples: list[Sample | None] = []
     for index, example in enumerate(examples):
-        source = _with_bos(tokenizer, prompts[index], sources[index])
+        source = _with_bos(bos, sources[index])
         target = encoded["input_ids"][index]
         marks = np.ones(len(target) + 1, bool)
         if spans and example.answer_spans is not None:
             starts = np.array([start for start, _ in encoded["offset_mapping"][index]])
             marks[:-1] = _inside(starts, example.answer_spans)
-        samples.append(
-            _cut(
-                source, [*target, tokenizer.eos_token_id], marks, data, learn_source=learn == "all"
-            )
-        )
+        samples.append(_cut(source, [*target, eos], marks, data, learn_source=learn == "all"))
     return samples
 
 
@@ -78,8 +81,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [next(found) if text else [] for text in texts]
 
 
-def _with_bos(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
-    bos = tokenizer.bos_token_id
+def _with_bos(bos: int | None, ids: list[int]) -> list[int]:
     if bos is None or ids[:1] == [bos]:
         return ids
     return [bos, *ids]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from qlora_dist import checkpoints
 from qlora_dist.checkpoints import Checkpoint
-from qlora_dist.data.corpus import load_tokenizer
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import CheckpointError, ModelError, RunDirError, UserError
 from qlora_dist.files import fsync_file, remove_tree, replace_dir, write_json
 from qlora_dist.layout import RunDir

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlora_dist.data.tokens import Sample
-from qlora_dist.train.batch import make_batch, num_targets
+from qlora_dist.train.batch import make_batch
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.world import World
 
@@ -19,6 +19,7 @@ def evaluation_loss(
     *,
     world: World,
     micro_size: int,
+    flat: bool,
     pad_id: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     check_stop: Callable[[], None],
@@ -37,11 +38,13 @@ def evaluation_loss(
             index = turn * world.size + world.rank
             part = samples[index * micro_size : (index + 1) * micro_size]
             if part:
-                batch = make_batch(part, pad_id=pad_id, device=world.device)
+                batch = make_batch(
+                    [[s] for s in part], flat=flat, pad_id=pad_id, device=world.device
+                )
                 with autocast():
                     losses.append(float(summed_loss(model, batch)))
     total = math.fsum(row[0] for row in world.gather([math.fsum(losses)]))
-    return total / sum(num_targets(sample) for sample in samples)
+    return total / sum(sample.num_targets for sample in samples)
 
 
 @contextmanager

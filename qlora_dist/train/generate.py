@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_dist.data.corpus import load_tokenizer, prompt_of
+from qlora_dist.data.formats import prompt_of
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import ModelError, RunDirError
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.spec import RunSpec
@@ -99,7 +100,7 @@ class Generator:
         """Token ids, int64 of shape ``(1, tokens)``, on the model's device."""
         text = prompt
         if self.spec is not None and not self.raw:
-            text = prompt_of(self.spec, prompt)
+            text = prompt_of(self.spec.data.datasets[0], prompt)
         elif not self.raw and self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -172,7 +173,7 @@ def _with_adapter(spec: RunSpec, adapter: Path | None, *, raw: bool) -> Generato
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(spec)
-    model = load_base(spec, device=device)
+    model = load_base(spec, device=device, attention="sdpa")
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return Generator(model, tokenizer, spec, raw)

@@ -11,12 +11,18 @@ from qlora_dist.hub import explain, read_token
 from qlora_dist.plan import Plan
 from qlora_dist.shapes import FAMILIES, shape_of_config
 from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.train.attention import VARLEN, register
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(spec: RunSpec, *, device: torch.device) -> Any:
+def load_base(spec: RunSpec, *, device: torch.device, attention: str) -> Any:
     """Load the base, frozen, in evaluation mode.
+
+    Args:
+        spec: Names the model and its quantisation.
+        device: Where it goes.
+        attention: Name of the attention kernel.
 
     Returns:
         A transformers causal language model; its linear layers but the head are bitsandbytes'
@@ -27,6 +33,8 @@ def load_base(spec: RunSpec, *, device: torch.device) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if attention == VARLEN:
+        register()
     model = spec.model
     source = model.source
     if Path(source).expanduser().is_dir():
@@ -37,7 +45,7 @@ def load_base(spec: RunSpec, *, device: torch.device) -> Any:
             revision=model.revision,
             dtype=DTYPES[model.dtype],
             quantization_config=_quantization_config(spec),
-            attn_implementation=model.attention,
+            attn_implementation=attention,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,

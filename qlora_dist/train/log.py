@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,25 @@ class RunLog:
             file.write(line + "\n")
         if self._echo:
             sys.stderr.write(line + "\n")
+
+
+class EverySoOften:
+    """Passes on a line of progress when the last one is some seconds old.
+
+    Args:
+        say: Takes the lines.
+        every_s: Seconds between two.
+    """
+
+    def __init__(self, say: Callable[[str], None], every_s: float = 10.0) -> None:
+        self._say, self._every_s = say, every_s
+        self._last = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Pass the line on, or drop it."""
+        if time.monotonic() - self._last >= self._every_s:
+            self._last = time.monotonic()
+            self._say(line)
 
 
 class Metrics:

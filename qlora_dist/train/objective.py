@@ -18,7 +18,7 @@ def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A float32 scalar with a gradient.
     """
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = model(input_ids=batch.input_ids, **batch.model_inputs).logits
     # The last position predicts what nobody has. float32: sums over a vocabulary lose too much in
     # bf16.
     return functional.cross_entropy(

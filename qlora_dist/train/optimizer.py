@@ -1,5 +1,6 @@
-"""AdamW, torch's or bitsandbytes' paged one, and their state by parameter name."""
+"""AdamW, torch's or bitsandbytes', its learning rate, and its state by parameter name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import CheckpointError
-from qlora_dist.spec import OptimizerSection
+from qlora_dist.plan import Length
+from qlora_dist.spec import OptimizerSection, ScheduleSection
 
 # The moments, as each library calls them. What else their state holds follows from the step.
 _MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "paged_adamw_32bit": ("state1", "state2")}
@@ -95,3 +97,21 @@ def _finish(parameters: Mapping[str, nn.Parameter]) -> None:
     """Paged moments are host-visible memory that kernels still write to: wait for those."""
     if any(parameter.device.type == "cuda" for parameter in parameters.values()):
         torch.cuda.synchronize()
+
+
+def learning_rate(step: int, schedule: ScheduleSection, length: Length, *, peak: float) -> float:
+    """Learning rate of a step, the first being 0, as transformers' schedulers have it.
+
+    Warm-up rises in a line from 0 (a step of rate 0 included, as there); then constant, or down to
+    0 in a line or in half a cosine.
+    """
+    assert length.steps is not None
+    assert length.warmup_steps is not None
+    if step < length.warmup_steps:
+        return peak * step / max(1, length.warmup_steps)
+    if schedule.kind == "constant":
+        return peak
+    done = (step - length.warmup_steps) / max(1, length.steps - length.warmup_steps)
+    if schedule.kind == "linear":
+        return peak * max(0.0, 1.0 - done)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))

@@ -13,24 +13,33 @@ import torch
 from qlora_dist import checkpoints
 from qlora_dist.attempt import own
 from qlora_dist.checkpoints import Checkpoint
-from qlora_dist.data.corpus import Corpus, load_corpus, load_tokenizer
+from qlora_dist.data.build import ensure_store
+from qlora_dist.data.corpus import Corpus
+from qlora_dist.data.schedule import corpus_facts, make_schedule
+from qlora_dist.data.store import Store, open_store
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.engine_config import check_files
 from qlora_dist.errors import CheckpointError, PlanError, QLoRAError, RunDirError
-from qlora_dist.layout import RunDir, open_run
-from qlora_dist.plan import Length, Plan, make_plan, plan_length
+from qlora_dist.files import wait_for
+from qlora_dist.layout import RunDir, corpora_dir, open_run
+from qlora_dist.plan import Length, Plan, attention_of, make_plan, plan_length
+from qlora_dist.spec import RunSpec
 from qlora_dist.train.adapters import add_adapter, target_modules, trainable
+from qlora_dist.train.attention import VARLEN
 from qlora_dist.train.checkpoint import Checkpointer, TrainState
 from qlora_dist.train.consolidate import consolidate
 from qlora_dist.train.load import check_shape, linear_layers, load_base
-from qlora_dist.train.log import Metrics, RunLog
+from qlora_dist.train.log import EverySoOften, Metrics, RunLog
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
-from qlora_dist.train.schedule import SampleSchedule
 from qlora_dist.train.stopwatch import Stopwatch
 from qlora_dist.train.strategy import STRATEGIES, Gradients
 from qlora_dist.train.trainer import Training, fit
 from qlora_dist.train.world import World
+
+# What one node has renamed, others see after their caches have run out (NFS: 60 s at most).
+_VISIBLE_S = 90.0
 
 
 @dataclass
@@ -83,14 +92,14 @@ def _train(
     _prepare_process(plan, world)
     checkpoint = _resume_point(run, world, log)
     progress.step = checkpoint.step if checkpoint else 0
-    tokenizer = load_tokenizer(spec)
-    corpus = load_corpus(spec, tokenizer)
-    length = plan_length(spec, len(corpus.train))
-    _say_data(log, corpus, length)
+    corpus = Corpus(_open_store(run, spec, world, stop, log), spec.evaluation.max_rows)
+    length = plan_length(spec, corpus.num_sequences)
+    _say_data(log, spec, corpus, length)
     clock.lap("data")
     check_stop()
 
-    base = load_base(spec, device=world.device)
+    attention = attention_of(spec)
+    base = load_base(spec, device=world.device, attention=attention)
     check_shape(base, plan)
     targets, num_linear = target_modules(base, spec.adapter), len(linear_layers(base))
     model = add_adapter(base, spec.adapter, seed=spec.seed)
@@ -104,7 +113,7 @@ def _train(
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, parameters)
     checkpointer = Checkpointer(
-        run, spec, world, parameters, optimizer, targets, corpus.sha256(), log.say
+        run, spec, world, parameters, optimizer, targets, corpus.store.sha256, log.say
     )
     state = TrainState()
     if checkpoint is not None:
@@ -121,14 +130,9 @@ def _train(
         world=world,
         check_stop=check_stop,
         corpus=corpus,
-        # Padding is masked, so that any id serves.
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        schedule=SampleSchedule(
-            len(corpus.train),
-            seed=spec.seed,
-            lengths=corpus.lengths if spec.data.group_by_length else None,
-            group_size=spec.batch.global_size,
-        ),
+        flat=attention == VARLEN,
+        pad_id=corpus.store.facts["pad_id"],
+        schedule=make_schedule(spec, corpus),
         model=model,
         parameters=parameters,
         optimizer=optimizer,
@@ -214,13 +218,40 @@ def _resume_point(run: RunDir, world: World, log: RunLog) -> Checkpoint | None:
     return checkpoints.read_manifest(told["path"])
 
 
-def _say_data(log: RunLog, corpus: Corpus, length: Length) -> None:
-    lengths = corpus.lengths
+def _open_store(run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log: RunLog) -> Store:
+    """The tokenised corpus: made by rank 0 if it is not there, then opened by all."""
+    folder = corpora_dir(spec, run.root)
+
+    def work(check: Callable[[], None]) -> str:
+        progress = EverySoOften(log.say)
+
+        def on_rows(done: int, total: int) -> None:
+            check()
+            progress.say(f"data: {done:,} of {total:,} rows tokenised")
+
+        check()
+        try:
+            store = ensure_store(spec, load_tokenizer(spec), folder, on_rows=on_rows, say=log.say)
+        except OSError as error:
+            raise QLoRAError(checkpoints.storage_message(error, folder)) from error
+        return store.path.name
+
+    path = folder / world.on_rank_0("data", work, stop.here)
+    wait_for(path, _VISIBLE_S)
+    return open_store(path, verify=False)
+
+
+def _say_data(log: RunLog, spec: RunSpec, corpus: Corpus, length: Length) -> None:
+    facts, store = corpus_facts(spec, corpus), corpus.store
     log.say(
-        f"data: {len(corpus.train):,} samples to train on, {len(corpus.validation):,} held out, "
-        f"{int(lengths.sum()):,} tokens, {lengths.mean():.0f} a sample"
+        f"data: {facts.num_samples:,} samples to train on, {len(corpus.validation):,} held out, "
+        f"{facts.num_tokens:,} tokens, {facts.num_tokens / facts.num_samples:.0f} a sample"
     )
-    for reason, count in corpus.dropped.items():
+    if spec.data.packing:
+        fill = facts.num_tokens / facts.num_sequences / store.facts["sequence_tokens"]
+        log.say(f"data: packed into {facts.num_sequences:,} sequences, {fill:.1%} full")
+    log.say(f"data: {facts.useful:.1%} of each batch is useful, the rest padding")
+    for reason, count in store.facts["dropped"].items():
         log.say(f"data: {count:,} left out: {reason}")
     log.say(f"length: {length.steps:,} steps, {length.epochs:.2f} epochs")
 

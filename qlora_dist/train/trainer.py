@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from qlora_dist.data.corpus import Corpus
+from qlora_dist.data.schedule import SampleSchedule, shard
 from qlora_dist.errors import DivergedError
 from qlora_dist.plan import Length, Plan
-from qlora_dist.train.batch import make_batch, num_targets
+from qlora_dist.train.batch import make_batch
 from qlora_dist.train.checkpoint import Checkpointer, TrainState, get_rng, set_rng
 from qlora_dist.train.evaluate import evaluation_loss
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
+from qlora_dist.train.optimizer import learning_rate
 from qlora_dist.train.preempt import Preempted
-from qlora_dist.train.schedule import SampleSchedule, learning_rate, shard
 from qlora_dist.train.strategy import Gradients, Strategy
 from qlora_dist.train.world import World
 
@@ -34,6 +35,7 @@ class Training:
         length: Steps and warm-up, now that the samples are counted.
         check_stop: Agrees with the other ranks on whether to go on, and raises Preempted if not;
             all ranks call it together.
+        flat: Batches are one row of samples, for an attention kernel that is told their bounds.
         model: Base with adapter, on its device.
         parameters: Its trainable parameters by name.
         autocast: Gives the context that forward passes run in.
@@ -46,6 +48,7 @@ class Training:
     world: World
     check_stop: Callable[[], None]
     corpus: Corpus
+    flat: bool
     pad_id: int
     schedule: SampleSchedule
     model: Any
@@ -102,8 +105,8 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
     """One optimizer step on the next global batch; dropped whole if a stop comes inside."""
     spec, begin = t.plan.spec, time.perf_counter()
     samples = t.schedule.samples(state.position, spec.batch.global_size)
-    total_targets = sum(num_targets(t.corpus.train[i]) for i in samples)
-    total_tokens = sum(len(t.corpus.train[i].ids) for i in samples)
+    total_targets = int(t.corpus.targets[samples].sum())
+    total_tokens = int(t.corpus.lengths[samples].sum())
     mine = shard(
         samples, rank=t.world.rank, world_size=t.world.size, micro_size=spec.batch.micro_size
     )
@@ -155,7 +158,10 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
             set_rng(generators, t.world.device)
             raise
         batch = make_batch(
-            [t.corpus.train[i] for i in micro], pad_id=t.pad_id, device=t.world.device
+            [t.corpus.documents(i) for i in micro],
+            flat=t.flat,
+            pad_id=t.pad_id,
+            device=t.world.device,
         )
         with t.autocast():
             part = summed_loss(t.model, batch) / total_targets
@@ -217,6 +223,7 @@ def _evaluate(t: Training, state: TrainState) -> TrainState:
         t.corpus.validation,
         world=t.world,
         micro_size=t.plan.spec.evaluation.micro_size,
+        flat=t.flat,
         pad_id=t.pad_id,
         autocast=t.autocast,
         check_stop=t.check_stop,

@@ -6,16 +6,26 @@ pickled.
 """
 
 import json
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from qlora_dist.errors import PlanError
+from qlora_dist.errors import PlanError, QLoRAError, UserError
 from qlora_dist.plan import Topology
 from qlora_dist.train.place import Place
+from qlora_dist.train.preempt import Preempted
+
+_BEAT_S = 2.0
+# Rank 0 is given up on after this long without a beat: its machine is gone, or the network.
+_SILENCE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class World:
     size: int
     device: torch.device
     _control: Any = None
+    _store: Any = None
 
     @classmethod
     def start(cls, place: Place, topology: Topology, *, timeout_s: int) -> "World":
@@ -52,11 +63,26 @@ class World:
             return cls(0, 1, device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(place.rank, place.size, device, control)
+        return cls(rank, size, device, control, PrefixStore("qlora", store))
+
+    def second(self) -> "World":
+        """The same processes over a control group of their own, for a thread beside this one's.
+
+        All ranks call this together.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, _control=dist.new_group(backend="gloo"))
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -105,10 +131,97 @@ class World:
         dist.broadcast(buffer, src=source, group=self._control)
         return json.loads(bytes(buffer.numpy()).decode())
 
+    def on_rank_0(
+        self, name: str, work: Callable[[Callable[[], None]], Any], stop: Callable[[], bool]
+    ) -> Any:
+        """Do something long on rank 0, while the others wait for as long as it takes.
+
+        They wait on a key of the rendezvous store, not in a collective that would time out; rank 0
+        sends a heartbeat.
+
+        Args:
+            name: Of the work; not used twice.
+            work: Called on rank 0 with a check that it is to call often: it raises Preempted once
+                any rank is asked to stop.
+            stop: Whether this process has been asked to stop.
+
+        Returns:
+            What ``work`` returned, a JSON value; on every rank.
+
+        Raises:
+            Preempted: A stop was asked for.
+            QLoRAError: ``work`` failed, or rank 0 gave no sign of life.
+        """
+
+        def check() -> None:
+            if stop() or (self.size > 1 and self._store.check([f"{name}/stop"])):
+                raise Preempted
+
+        if self.size == 1:
+            return work(check)
+        if self.rank != 0:
+            return self._wait_for_rank_0(name, stop)
+        told: dict[str, Any] = {"error": "rank 0 failed", "user": False}
+        with _Heartbeat(self._store, f"{name}/beat"):
+            try:
+                value = work(check)
+                told = {"value": value}
+                return value
+            except Preempted:
+                told = {"stopped": True}
+                raise
+            except QLoRAError as error:
+                told = {"error": str(error), "user": isinstance(error, UserError)}
+                raise
+            finally:
+                self._store.set(f"{name}/done", json.dumps(told))
+
+    def _wait_for_rank_0(self, name: str, stop: Callable[[], bool]) -> Any:
+        beat, heard, asked = b"", time.monotonic(), False
+        while not self._store.check([f"{name}/done"]):
+            if stop() and not asked:
+                self._store.set(f"{name}/stop", "1")
+                asked = True
+            if self._store.check([f"{name}/beat"]):
+                new = self._store.get(f"{name}/beat")
+                if new != beat:
+                    beat, heard = new, time.monotonic()
+            if time.monotonic() - heard > _SILENCE_S:
+                raise QLoRAError(f"{name}: no sign of life from rank 0 for {_SILENCE_S:.0f} s")
+            time.sleep(0.1)
+        told = json.loads(self._store.get(f"{name}/done"))
+        if "stopped" in told:
+            raise Preempted
+        if "error" in told:
+            raise (UserError if told["user"] else QLoRAError)(told["error"])
+        return told["value"]
+
     def sum_in_place(self, buffer: torch.Tensor) -> None:
         """Sum a tensor on the device over all ranks."""
         if self.size > 1:
             dist.all_reduce(buffer, op=dist.ReduceOp.SUM)
+
+
+class _Heartbeat:
+    """Counts up under a key of a store, from a thread, for the length of a ``with`` block."""
+
+    def __init__(self, store: Any, key: str) -> None:
+        self._store, self._key = store, key
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._end.wait(_BEAT_S if count else 0.0):
+            count += 1
+            self._store.set(self._key, str(count))
 
 
 def _device(topology: Topology, local_rank: int) -> torch.device:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from qlora_dist.data.build import open_corpus
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.train.compare import differences, records
 
@@ -69,22 +70,21 @@ def test_the_adapter_loads_with_peft_and_is_the_trained_model(whole_run):
     """The held-out loss of base + adapter, from a fresh load, is the one that training printed."""
     from peft import PeftModel
 
-    from qlora_dist.data.corpus import load_corpus, load_tokenizer
-    from qlora_dist.train.batch import make_batch, num_targets
+    from qlora_dist.train.batch import make_batch
     from qlora_dist.train.evaluate import evaluation_mode
     from qlora_dist.train.load import load_base
     from qlora_dist.train.objective import summed_loss
 
     run, spec = open_run(whole_run.root)
-    base = load_base(spec, device=torch.device("cpu"))
+    base = load_base(spec, device=torch.device("cpu"), attention="sdpa")
     model = PeftModel.from_pretrained(base, run.adapter)
-    samples = load_corpus(spec, load_tokenizer(spec)).validation
+    samples = open_corpus(run, spec).validation
     with evaluation_mode(model), torch.no_grad():
         total = sum(
-            float(summed_loss(model, make_batch([s], pad_id=0, device=base.device)))
+            float(summed_loss(model, make_batch([[s]], flat=False, pad_id=0, device=base.device)))
             for s in samples
         )
-    loss = total / sum(num_targets(s) for s in samples)
+    loss = total / sum(s.num_targets for s in samples)
     last = float.fromhex(records(run)["eval", 10]["loss"])
     assert loss == pytest.approx(last, rel=2e-5)
     before = float.fromhex(records(run)["eval", 0]["loss"])

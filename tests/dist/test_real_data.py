@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_dist import checkpoints
-from qlora_dist.data.corpus import load_corpus, load_tokenizer
+from qlora_dist.data.build import open_corpus
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.batch import make_batch
@@ -49,14 +49,15 @@ def test_a_published_file_trains_stops_resumes_and_its_adapter_is_the_model(
     assert differences(whole, broken) == []
 
     run, spec = open_run(broken.root)
-    sample = load_corpus(spec, load_tokenizer(spec)).validation[0]
-    batch = make_batch([sample], pad_id=0, device=torch.device("cpu"))
+    sample = open_corpus(run, spec).validation[0]
+    batch = make_batch([[sample]], flat=False, pad_id=0, device=torch.device("cpu"))
     assert torch.equal(trained_logits(run, spec, batch), loaded_logits(run, spec, batch))
 
 
 def trained_logits(run, spec, batch):
     """Of the model as the trainer builds it, with the last checkpoint's weights."""
-    model = add_adapter(load_base(spec, device=torch.device("cpu")), spec.adapter, seed=spec.seed)
+    base = load_base(spec, device=torch.device("cpu"), attention="sdpa")
+    model = add_adapter(base, spec.adapter, seed=spec.seed)
     newest = checkpoints.committed_paths(run.checkpoints)[0]
     weights = load_file(newest / "adapter.safetensors")
     for key, parameter in trainable(model).items():
@@ -69,7 +70,7 @@ def loaded_logits(run, spec, batch):
     """Of the base with the adapter folder, loaded as anybody would."""
     from peft import PeftModel
 
-    base = load_base(spec, device=torch.device("cpu"))
+    base = load_base(spec, device=torch.device("cpu"), attention="sdpa")
     model = PeftModel.from_pretrained(base, run.adapter)
     with evaluation_mode(model), torch.no_grad():
         return model(input_ids=batch.input_ids).logits

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_dist.data.example import Dropped, Example, MissingField
 from qlora_dist.data.formats import FORMATS, load_format
-from qlora_dist.spec import DataSection
+from qlora_dist.spec import DatasetSection
 
 
 def examples(name, row):
@@ -12,7 +12,7 @@ def examples(name, row):
 
 
 def test_every_format_of_the_spec_is_in_the_table_and_loads():
-    names = DataSection.model_fields["format"].annotation.__args__
+    names = DatasetSection.model_fields["format"].annotation.__args__
     assert set(names) == set(FORMATS)
     for name in names:
         module = load_format(name)

@@ -50,8 +50,8 @@ def test_a_batch_is_shared_out_over_processes_and_time():
         (["model.source=nobody/nothing"], "a plan asks no network"),
         (["model.shape=llama-8b"], "known: llama-7b"),
         (
-            ["resources.gpus_per_node=0", "model.attention=flash_attention_2"],
-            "flash_attention_2 needs a GPU",
+            ["resources.gpus_per_node=0", "model.attention=varlen"],
+            "varlen needs a GPU",
         ),
     ],
 )

@@ -19,7 +19,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def rows(path):
     data = {"source": str(path), "format": "ptt", "max_tokens": 9}
-    return list(read_rows(spec_from_tree({**GOOD, "data": data})))
+    spec = spec_from_tree({**GOOD, "data": data})
+    return list(read_rows(spec.data.datasets[0], None))
 
 
 def write(path, text, encoding="utf-8"):

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_dist.data.schedule import SampleSchedule, shard
 from qlora_dist.plan import Length
 from qlora_dist.spec import ScheduleSection
-from qlora_dist.train.schedule import SampleSchedule, learning_rate, shard
+from qlora_dist.train.optimizer import learning_rate
 
 sizes = st.integers(1, 60)
 
@@ -44,6 +45,33 @@ def test_ranks_share_a_batch_in_its_order_at_any_world_size(shape, accumulation)
         for r in range(world_size)
     ]
     assert np.concatenate(parts, axis=1).reshape(-1).tolist() == batch.tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), sizes, st.integers(0, 99), st.booleans())
+def test_resumes_at_random_positions_and_world_sizes_see_the_same_samples(
+    data, num_samples, seed, grouped
+):
+    """Each attempt has processes and a micro-batch of its own, and ends anywhere."""
+    global_size = data.draw(st.sampled_from([4, 8, 12]))
+    steps = data.draw(st.integers(1, 30))
+    whole = make(num_samples, seed, grouped, global_size).samples(0, steps * global_size)
+    seen, step = [], 0
+    while step < steps:
+        world_size = data.draw(st.sampled_from([1, 2, 4]))
+        micro_size = data.draw(
+            st.sampled_from([m for m in (1, 2, 3) if global_size % (m * world_size) == 0])
+        )
+        schedule = make(num_samples, seed, grouped, global_size)
+        for _ in range(data.draw(st.integers(1, steps - step))):
+            batch = schedule.samples(step * global_size, global_size)
+            parts = [
+                shard(batch, rank=r, world_size=world_size, micro_size=micro_size)
+                for r in range(world_size)
+            ]
+            seen += np.stack(parts, axis=1).reshape(-1).tolist()
+            step += 1
+    assert seen == whole.tolist()
 
 
 def test_the_order_is_this_one_for_ever():

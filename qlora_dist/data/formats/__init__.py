@@ -10,6 +10,7 @@ import importlib
 from typing import Literal, Protocol
 
 from qlora_dist.data.example import Example
+from qlora_dist.spec import DatasetSection
 
 FORMATS: dict[str, str] = {
     "self-instruct": "qlora_dist.data.formats.self_instruct",
@@ -34,3 +35,19 @@ class Format(Protocol):
 def load_format(name: str) -> Format:
     """Import the format that a spec names."""
     return importlib.import_module(FORMATS[name])
+
+
+def template_of(dataset: DatasetSection) -> str:
+    """The prompt's template: the dataset's own, or its format's."""
+    return dataset.template or load_format(dataset.format).TEMPLATE
+
+
+def learn_of(dataset: DatasetSection) -> str:
+    """What is learned, "answer" or "all"."""
+    return load_format(dataset.format).LEARN if dataset.learn == "auto" else dataset.learn
+
+
+def prompt_of(dataset: DatasetSection, question: str) -> str:
+    """A question in the template that the dataset's answers were learned after."""
+    template = dataset.template or load_format(dataset.format).QUESTION
+    return template.replace("{source}", question)

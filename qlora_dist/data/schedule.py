@@ -1,21 +1,25 @@
-"""Who sees which sample when, and at what learning rate: pure functions of seed and step.
+"""Who sees which sequence when: pure functions of seed and position.
 
-The position in the data is one integer, the number of samples that the whole run has consumed; it
-is independent of the number of processes. Epochs join: a batch that reaches the end of one is
-filled from the next.
+The position in the data is one integer, the number of sequences (samples, or packs of them) that
+the whole run has consumed; it is independent of the number of processes. Epochs join: a batch that
+reaches the end of one is filled from the next.
 """
 
-import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from qlora_dist.plan import Length
-from qlora_dist.spec import ScheduleSection
+from qlora_dist.data.corpus import Corpus
+from qlora_dist.plan import CorpusFacts, attention_of
+from qlora_dist.spec import RunSpec
 
 # transformers' LengthGroupedSampler sorts inside groups of at most this many global batches.
 _MEGABATCH = 50
+
+
+# Global batches from which the part of padding is taken; an epoch of fewer is taken whole.
+_MEASURED_BATCHES = 1000
 
 
 class SampleSchedule:
@@ -89,19 +93,28 @@ def shard(
     return samples.reshape(-1, world_size, micro_size)[:, rank]
 
 
-def learning_rate(step: int, schedule: ScheduleSection, length: Length, *, peak: float) -> float:
-    """Learning rate of a step, the first being 0, as transformers' schedulers have it.
+def make_schedule(spec: RunSpec, corpus: Corpus) -> SampleSchedule:
+    """The order that a spec asks for."""
+    return SampleSchedule(
+        corpus.num_sequences,
+        seed=spec.seed,
+        lengths=corpus.lengths if spec.data.group_by_length else None,
+        group_size=spec.batch.global_size,
+    )
 
-    Warm-up rises in a line from 0 (a step of rate 0 included, as there); then constant, or down to
-    0 in a line or in half a cosine.
-    """
-    assert length.steps is not None
-    assert length.warmup_steps is not None
-    if step < length.warmup_steps:
-        return peak * step / max(1, length.warmup_steps)
-    if schedule.kind == "constant":
-        return peak
-    done = (step - length.warmup_steps) / max(1, length.steps - length.warmup_steps)
-    if schedule.kind == "linear":
-        return peak * max(0.0, 1.0 - done)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+def corpus_facts(spec: RunSpec, corpus: Corpus) -> CorpusFacts:
+    """Count a tokenised corpus, and how much of its batches is padding."""
+    useful = 1.0
+    micro_size = spec.batch.micro_size
+    if attention_of(spec) != "varlen" and micro_size > 1:
+        batches = min(_MEASURED_BATCHES, -(-corpus.num_sequences // spec.batch.global_size))
+        order = make_schedule(spec, corpus).samples(0, batches * spec.batch.global_size)
+        lengths = corpus.lengths[order].reshape(-1, micro_size)
+        useful = float(lengths.sum() / (lengths.max(axis=1) * micro_size).sum())
+    return CorpusFacts(
+        num_samples=corpus.num_samples,
+        num_sequences=corpus.num_sequences,
+        num_tokens=int(corpus.lengths.sum()),
+        useful=useful,
+    )

@@ -1,0 +1,199 @@
+"""The tokenised corpus on disk: flat arrays, memory-mapped, under one manifest.
+
+::
+
+    NAME/                   NAME is a fingerprint of everything that decides the content
+      tokens.bin            int32  (tokens,)        ids of all samples, one after the other
+      learned.bin           bool   (tokens,)        which of them are targets of the loss
+      offsets.bin           int64  (samples + 1,)   where each sample begins
+      cuts.bin              int32  (samples, 2)     tokens that prompt and answer lost to limits
+      targets.bin           int32  (samples,)       target tokens of each sample
+      train.bin             int64  (n,)             samples to train on; a weight repeats them
+      validation.bin        int64  (m,)             samples held out
+      pack_offsets.bin      int64  (sequences + 1,) which of ``train`` share a sequence; absent
+      pack_members.bin      int64  (n,)             where nothing is packed
+      corpus.json           sizes and hashes of these, and counts
+
+A store is written under another name and renamed when it is whole, so that a reader, and a second
+writer, see all of it or nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_dist.data.tokens import Sample
+from qlora_dist.files import fsync_file, remove_tree, replace_dir, sha256_file, write_json
+from qlora_dist.process import Process
+
+FORMAT = 1
+MANIFEST = "corpus.json"
+_OWNER = "owner.json"
+_DTYPES = {
+    "tokens": "<i4",
+    "learned": "|b1",
+    "offsets": "<i8",
+    "cuts": "<i4",
+    "targets": "<i4",
+    "train": "<i8",
+    "validation": "<i8",
+    "pack_offsets": "<i8",
+    "pack_members": "<i8",
+}
+
+
+class DamagedStoreError(Exception):
+    """A store is not what its manifest says; the message says how."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store.
+
+    Attributes:
+        path: Its folder.
+        arrays: Name -> array, memory-mapped, read-only.
+        facts: What its builder had to say: counts, ids, ...
+        sha256: Fingerprint of all arrays' bytes.
+    """
+
+    path: Path
+    arrays: Mapping[str, npt.NDArray[Any]]
+    facts: Mapping[str, Any]
+    sha256: str
+
+
+def open_store(path: Path, *, verify: bool) -> Store:
+    """Open a store.
+
+    Args:
+        path: Its folder.
+        verify: Read every byte and compare hashes; else only sizes are compared.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DamagedStoreError: It is damaged.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: dict(entry) for name, entry in manifest["files"].items()}
+        facts = dict(manifest["facts"])
+    except FileNotFoundError:
+        if path.is_dir():
+            raise DamagedStoreError(f"{path} lacks its {MANIFEST}") from None
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedStoreError(f"{path / MANIFEST} cannot be read: {error}") from error
+    arrays = {}
+    for name, entry in files.items():
+        file = path / f"{name}.bin"
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise DamagedStoreError(f"{file} is missing, truncated or grown")
+        if verify and sha256_file(file) != entry["sha256"]:
+            raise DamagedStoreError(f"{file}: its bytes changed after it was written")
+        arrays[name] = _map(file, name, entry["bytes"])
+    whole = json.dumps({name: files[name]["sha256"] for name in sorted(files)})
+    return Store(path, arrays, facts, hashlib.sha256(whole.encode()).hexdigest())
+
+
+def _map(file: Path, name: str, size: int) -> npt.NDArray[Any]:
+    dtype = np.dtype(_DTYPES[name])
+    # An empty file cannot be mapped.
+    array = np.memmap(file, dtype, mode="r") if size else np.empty(0, dtype)
+    return array.reshape(-1, 2) if name == "cuts" else array
+
+
+class StoreWriter:
+    """Writes a store, sample by sample; the memory that it takes does not grow with the tokens.
+
+    Use as a context manager: what was not finished is removed.
+
+    Args:
+        path: The store's final folder.
+
+    Raises:
+        OSError: The storage refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        me = Process.this()
+        self._partial = path.with_name(f"{path.name}.partial-{me.host}-{me.pid}")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        remove_tree(self._partial)
+        self._partial.mkdir(mode=0o700)
+        write_json(self._partial / _OWNER, asdict(me))
+        self._tokens = (self._partial / "tokens.bin").open("wb")
+        self._learned = (self._partial / "learned.bin").open("wb")
+        self._lengths: list[int] = []
+        self._cuts: list[tuple[int, int]] = []
+        self._targets: list[int] = []
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._tokens.close()
+        self._learned.close()
+        remove_tree(self._partial)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample."""
+        self._tokens.write(sample.ids.astype("<i4", copy=False).tobytes())
+        self._learned.write(sample.learned.tobytes())
+        self._lengths.append(len(sample.ids))
+        self._cuts.append((sample.source_cut, sample.target_cut))
+        self._targets.append(sample.num_targets)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sample so far, int64 of shape ``(samples,)``."""
+        return np.array(self._lengths, np.int64)
+
+    def finish(self, arrays: Mapping[str, npt.NDArray[np.int64]], facts: Mapping[str, Any]) -> None:
+        """Write the rest and give the store its name; if another writer was quicker, take its."""
+        self._tokens.close()
+        self._learned.close()
+        own: dict[str, npt.NDArray[Any]] = {
+            "offsets": np.concatenate([[0], np.cumsum(self.lengths)]),
+            "cuts": np.array(self._cuts, np.int32).reshape(-1, 2),
+            "targets": np.array(self._targets, np.int32),
+            **arrays,
+        }
+        for name, array in own.items():
+            array.astype(_DTYPES[name]).tofile(self._partial / f"{name}.bin")
+        files = {}
+        for name in ("tokens", "learned", *own):
+            file = self._partial / f"{name}.bin"
+            fsync_file(file)
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        (self._partial / _OWNER).unlink()
+        write_json(
+            self._partial / MANIFEST, {"format": FORMAT, "facts": dict(facts), "files": files}
+        )
+        if not self._path.exists():
+            replace_dir(self._partial, self._path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers left that are gone; one that may live, here or elsewhere, keeps its."""
+    for partial in path.parent.glob(f"{path.name}.partial-*"):
+        try:
+            owner = Process(**json.loads((partial / _OWNER).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+        if owner.is_gone():
+            remove_tree(partial)
