@@ -48,6 +48,18 @@ def own(run: RunDir) -> Iterator[int]:
                 run.owner_json.unlink()
 
 
+@contextmanager
+def idle(run: RunDir) -> Iterator[None]:
+    """Keep every launcher out for the length of a ``with`` block, without beginning an attempt.
+
+    Raises:
+        RunDirError: A launcher has the run, or may have it.
+    """
+    with _exclusive(run):
+        _refuse_if_owned(run)
+        yield
+
+
 def register_rank(path: Path) -> None:
     """Say that a rank runs; its end replaces this (:func:`qlora_dist.ends.write_rank_end`)."""
     write_json(path, {"process": asdict(Process.this())})

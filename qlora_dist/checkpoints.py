@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_dist import faults
 from qlora_dist.errors import CheckpointError
 from qlora_dist.files import (
     fsync_dir,
@@ -62,13 +63,16 @@ def begin(checkpoints: Path, step: int) -> Path:
     return partial
 
 
-def commit(partial: Path, *, step: int, facts: Mapping[str, Any]) -> Path:
+def commit(
+    partial: Path, *, step: int, facts: Mapping[str, Any], known: Mapping[str, str] | None = None
+) -> Path:
     """Write the manifest and give the folder its final name.
 
     Args:
         partial: Folder that every rank has finished writing into.
         step: Steps that are complete.
         facts: What else the manifest says: spec_sha256, world_size, versions, ...
+        known: SHA-256 of files that were hashed, and made durable, as they were written.
 
     Raises:
         OSError: The storage refused; the folder is still a partial one.
@@ -76,15 +80,20 @@ def commit(partial: Path, *, step: int, facts: Mapping[str, Any]) -> Path:
     files = {}
     for path in sorted(partial.rglob("*")):
         if path.is_file():
-            fsync_file(path)
             name = path.relative_to(partial).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            sha256 = (known or {}).get(name)
+            if sha256 is None:
+                fsync_file(path)
+                sha256 = sha256_file(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
     fsync_dir(partial / "rng")
+    faults.reach("save-manifest")
     write_json(
         partial / MANIFEST,
         {"format": FORMAT, "step": step, "committed_at": time.time(), **facts, "files": files},
     )
     final = final_path(partial.parent, step)
+    faults.reach("save-rename")
     # A step saved twice: the old one steps aside until the new one has its name.
     old = final.with_name(final.name + ".old")
     if final.exists():
@@ -164,6 +173,7 @@ def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
         CheckpointError: There are checkpoints and none is valid. Nothing is deleted or renamed.
     """
     _finish_replacing(checkpoints)
+    _clear_partial(checkpoints)
     reasons: dict[Path, str] = {}
     for path in committed_paths(checkpoints):
         try:
@@ -189,6 +199,12 @@ def _finish_replacing(checkpoints: Path) -> None:
             old.rename(final)
 
 
+def _clear_partial(checkpoints: Path) -> None:
+    """Remove saves that were never committed; whoever wrote them is gone when a run is opened."""
+    for partial in checkpoints.glob("step_*.partial") if checkpoints.is_dir() else ():
+        discard(partial)
+
+
 def _set_aside(path: Path, why: str) -> str:
     aside = path.with_name(path.name + ".invalid")
     remove_tree(aside)
@@ -196,10 +212,20 @@ def _set_aside(path: Path, why: str) -> str:
     return f"{why}; set aside as {aside.name}"
 
 
-def retain(checkpoints: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Remove old checkpoints, all but the newest ``keep_last`` and the best."""
+def retain(
+    checkpoints: Path, *, keep_last: int, keep_every: int | None, best_step: int | None
+) -> None:
+    """Remove old checkpoints.
+
+    Args:
+        checkpoints: Their folder.
+        keep_last: The newest so many stay.
+        keep_every: Those of steps that it divides stay; None for none.
+        best_step: That step's stays; None for none.
+    """
     for path in committed_paths(checkpoints)[keep_last:]:
-        if best_step is None or path != final_path(checkpoints, best_step):
+        step = int(path.name.removeprefix("step_"))
+        if step != best_step and (keep_every is None or step % keep_every):
             remove_tree(path)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from qlora_dist.errors import PlanError
 from qlora_dist.memory import GPU_MIB, MemoryPlan, adapter_params, gpu_bytes, plan_memory
+from qlora_dist.resume import spec_sha256
 from qlora_dist.shapes import ModelShape, find_shape
 from qlora_dist.spec import RunSpec
 
@@ -96,7 +97,7 @@ class Plan:
         """Plain values, for ``plan --json``."""
         return {
             "name": self.spec.name,
-            "spec_sha256": self.spec.sha256(),
+            "spec_sha256": spec_sha256(self.spec),
             "shape": self.shape.model_dump(),
             "num_base_params": self.shape.num_params,
             "num_adapter_params": self.num_adapter_params,

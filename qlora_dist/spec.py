@@ -5,8 +5,6 @@ Validators only check. Whatever follows from a spec (world size, bytes, steps) i
 ``qlora_dist.spec_file``.
 """
 
-import hashlib
-import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -172,7 +170,12 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_dataset_or_a_mix(self) -> "DataSection":
-        own = {name for name in DatasetSection.model_fields if name in self.model_fields_set}
+        fields = DataSection.model_fields
+        own = {
+            name
+            for name in set(DatasetSection.model_fields) & set(fields)
+            if getattr(self, name) != fields[name].default
+        }
         if self.mix is not None and own:
             raise ValueError(
                 f"mix lists the datasets; {', '.join(sorted(own))} goes into its entries"
@@ -325,6 +328,8 @@ class CheckpointSection(Section):
     """Steps between two saves."""
     keep_last: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: Count | None = None
+    """Also keep those of every so many steps, for good."""
     keep_best: Switch = True
     """Also keep the one with the lowest evaluation loss."""
 
@@ -375,8 +380,3 @@ class RunSpec(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
     evaluation: EvaluationSection = EvaluationSection()
-
-    def sha256(self) -> str:
-        """Fingerprint of everything that decides the result; where it lies does not."""
-        tree = self.model_dump(mode="json", exclude={"run_dir"})
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -105,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     resume = verb("resume", _resume, "go on with a run from its last committed step")
     _run_argument(resume)
+    _overrides_argument(resume)
     resume.add_argument("--dry-run", action="store_true", help="print what would be started")
 
     data = verb("data", _data, "read and tokenise a run's data, and show it")
@@ -151,6 +152,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    _overrides_argument(parser)
+
+
+def _overrides_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as optimizer.lr=1e-4"
     )
@@ -264,13 +269,24 @@ def _run(args: argparse.Namespace) -> int:
 def _resume(args: argparse.Namespace) -> int:
     from qlora_dist.layout import open_run
     from qlora_dist.plan import make_plan
+    from qlora_dist.resume import check_change
+    from qlora_dist.spec_file import spec_from_tree
     from qlora_launch.render import render
+    from qlora_launch.rundir import absolute_paths, change_run_dir
     from qlora_launch.show import bundle_text
 
-    run, spec = open_run(args.run)
+    run, before = open_run(args.run)
+    spec = before
+    if args.overrides:
+        tree = before.model_dump(mode="json")
+        spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
+        check_change(before, spec)
+    bundle = render(make_plan(spec.model_copy(update={"run_dir": str(run.root)})))
     if args.dry_run:
-        print(bundle_text(render(make_plan(spec.model_copy(update={"run_dir": str(run.root)})))))
+        print(bundle_text(bundle))
         return 0
+    if spec != before:
+        change_run_dir(run, bundle)
     return _start(run, spec)
 
 

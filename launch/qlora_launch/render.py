@@ -43,7 +43,6 @@ def render(plan: Plan) -> Bundle:
     files = {
         "run.json": _json(
             {
-                "spec_sha256": spec.sha256(),
                 "written_by": f"qlora-dist {__version__}",
                 "spec": spec.model_dump(mode="json"),
                 "plan": plan.to_json(),

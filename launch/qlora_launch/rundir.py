@@ -1,15 +1,17 @@
-"""Writing a bundle to its run directory, once."""
+"""Writing a bundle to its run directory."""
 
 import errno
 import shutil
 from pathlib import Path
 
+from qlora_dist.attempt import idle
 from qlora_dist.checkpoints import committed_paths
 from qlora_dist.data.reader import local_file
-from qlora_dist.errors import ModelError, QLoRAError, RunDirError
+from qlora_dist.errors import ModelError, PlanError, QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_text
 from qlora_dist.hub import looks_like_path
 from qlora_dist.layout import RunDir, open_run
+from qlora_dist.resume import check_change
 from qlora_dist.spec import RunSpec
 from qlora_launch.render import Bundle
 
@@ -37,21 +39,24 @@ def absolute_paths(spec: RunSpec) -> RunSpec:
 
 
 def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
-    """Create the run directory.
+    """Create the run directory, or give one that is there the spec's new settings.
 
-    A folder that already holds this very run is left as it is. One that holds another spec's run is
-    replaced if that run never trained: a first start that failed, whose config has been mended.
+    A run that never trained (a first start that failed, whose config has been mended) is replaced.
+    One that has goes on with what may change (:mod:`qlora_dist.resume`).
 
     Raises:
-        RunDirError: The folder holds another run, or something that is no run.
+        RunDirError: The folder holds another run, one that a launcher has, or no run at all.
         QLoRAError: It cannot be written; nothing of it is left.
     """
     run = RunDir(bundle.run_dir)
     if run.run_json.exists():
-        differences = _differences(run, spec)
-        if not differences:
+        _, there = open_run(run.root)
+        if _same(there, spec):
             return run
-        _refuse_unless_never_started(run, differences)
+        if run.owner_json.exists() or committed_paths(run.checkpoints):
+            _check_change(run, there, spec)
+            change_run_dir(run, bundle)
+            return run
     elif run.root.exists() and not (run.root.is_dir() and not any(run.root.iterdir())):
         raise RunDirError(
             f"{run.root} is there and holds no run; choose another with run_dir=..., or remove it"
@@ -76,6 +81,32 @@ def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
     return run
 
 
+def change_run_dir(run: RunDir, bundle: Bundle) -> None:
+    """Give a run new files, while no launcher has it.
+
+    Raises:
+        RunDirError: A launcher has it.
+    """
+    with idle(run):
+        for name, text in bundle.files.items():
+            write_text(run.root / name, text)
+
+
+def _check_change(run: RunDir, there: RunSpec, spec: RunSpec) -> None:
+    try:
+        check_change(there, spec)
+    except PlanError as error:
+        raise RunDirError(
+            f"{run.root} belongs to another spec; {error}\n"
+            f"Continue that run with: qlora resume {run.root}\n"
+            "or give this one a folder of its own with name=... or run_dir=..."
+        ) from None
+
+
+def _same(left: RunSpec, right: RunSpec) -> bool:
+    return left.model_copy(update={"run_dir": None}) == right.model_copy(update={"run_dir": None})
+
+
 def _absolute(source: str) -> str:
     path = Path(source).expanduser()
     return str(path.absolute()) if path.exists() else source
@@ -92,34 +123,3 @@ def check_local_paths(spec: RunSpec) -> None:
         raise ModelError(f"model.source: there is no folder {spec.model.source!r}")
     for dataset in spec.data.datasets:
         local_file(dataset)
-
-
-def _differences(run: RunDir, spec: RunSpec) -> list[str]:
-    _, there = open_run(run.root)
-    if there.sha256() == spec.sha256():
-        return []
-    ours, theirs = _flat(spec.model_dump(mode="json")), _flat(there.model_dump(mode="json"))
-    return [
-        f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} asked for"
-        for key in sorted(set(ours) | set(theirs))
-        if ours.get(key) != theirs.get(key) and key != "run_dir"
-    ]
-
-
-def _refuse_unless_never_started(run: RunDir, differences: list[str]) -> None:
-    if not run.owner_json.exists() and not committed_paths(run.checkpoints):
-        return
-    raise RunDirError(
-        f"{run.root} belongs to another spec:\n" + "\n".join(differences) + "\n"
-        f"Continue that run with: qlora resume {run.root}\n"
-        "or give this one a folder of its own with name=... or run_dir=..."
-    )
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -12,8 +12,8 @@ from qlora_dist.spec import RunSpec
 
 def write(spec: RunSpec, folder: Path, store: str) -> None:
     """Note the name of a spec's store."""
-    note = _path(spec, folder)
-    if not note.exists():
+    if read(spec, folder) != folder / store:
+        note = _path(spec, folder)
         note.parent.mkdir(mode=0o700, exist_ok=True)
         write_json(note, {"store": store})
 

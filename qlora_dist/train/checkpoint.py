@@ -5,35 +5,48 @@
     adapter.safetensors     trainable parameters
     optimizer.safetensors   moments
     rng/00000.safetensors   generators of each rank
-    state.json              TrainState, and what PEFT needs to load the adapter
+    state.json              TrainState, the spec, and what PEFT needs to load the adapter
     manifest.json           sizes and hashes of the rest; see qlora_dist.checkpoints
+
+Training waits for the copy into host memory; a thread of each rank writes it and the threads commit
+it together, over a control group of their own.
 """
 
 import importlib.metadata
 import json
-import random
+import threading
+import time
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from qlora_dist import __version__, checkpoints
+from qlora_dist import __version__, checkpoints, faults
 from qlora_dist.checkpoints import Checkpoint
-from qlora_dist.errors import CheckpointError
-from qlora_dist.files import write_json
+from qlora_dist.errors import CheckpointError, QLoRAError
+from qlora_dist.files import fsync_file, write_json
 from qlora_dist.layout import RunDir
+from qlora_dist.resume import check_change, spec_sha256
 from qlora_dist.spec import RunSpec
-from qlora_dist.train.optimizer import get_moments, set_moments
+from qlora_dist.spec_file import spec_from_tree
+from qlora_dist.train.generators import get_rng, seed_rng, set_rng
+from qlora_dist.train.log import Metrics
+from qlora_dist.train.optimizer import moments, set_moments
+from qlora_dist.train.snapshot import Snapshot
+from qlora_dist.train.tensor_file import Entry, write_tensors
 from qlora_dist.train.world import World
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+# A last save that failed is tried again this often, so many seconds apart.
+_LAST_TRIES, _TRY_AGAIN_S = 3, 2.0
+# How long a process that is about to fail waits for a save that is still being written.
+_CLOSE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,8 @@ class TrainState:
 
     Attributes:
         step: Steps that are complete.
-        position: Samples that the run has consumed.
-        tokens: Tokens of those samples.
+        position: Sequences that the run has consumed.
+        tokens: Tokens of those sequences.
         evaluated_step: Step of the last evaluation; None before the first.
         best_step: Step with the lowest evaluation loss so far.
         best_loss: That loss, in nats a target token.
@@ -58,6 +71,35 @@ class TrainState:
     best_loss: float | None = None
     metrics_bytes: int = 0
 
+    @property
+    def mark(self) -> tuple[int, int | None]:
+        """Tells one state of a run from another, on every rank alike."""
+        return self.step, self.evaluated_step
+
+
+class _Save(threading.Thread):
+    """One save on its way to the disk.
+
+    Attributes:
+        problem: Why it failed, on whichever rank; empty if it was committed.
+        bug: An exception of this rank that no storage causes.
+    """
+
+    def __init__(self, state: TrainState, write: Callable[["_Save"], None]) -> None:
+        super().__init__(name=f"save-{state.step}", daemon=True)
+        self.state, self._write, self._begin = state, write, time.monotonic()
+        self.problem, self.seconds = "", 0.0
+        self.bug: Exception | None = None
+
+    def run(self) -> None:
+        """Write, and keep what went wrong for the training thread."""
+        try:
+            self._write(self)
+        except Exception as error:
+            traceback.print_exc()
+            self.problem, self.bug = self.problem or str(error), error
+        self.seconds = time.monotonic() - self._begin
+
 
 class Checkpointer:
     """Saves and restores one process's part of a run.
@@ -70,6 +112,7 @@ class Checkpointer:
         optimizer: Theirs.
         target_modules: Layers that the adapter is on, as PEFT names them.
         corpus_sha256: Of the corpus; a run goes on only with the one it began with.
+        metrics: The run's; what a checkpoint counts of them is on the disk before it.
         say: Takes lines for a person.
     """
 
@@ -82,51 +125,115 @@ class Checkpointer:
         optimizer: Any,
         target_modules: list[str],
         corpus_sha256: str,
+        metrics: Metrics,
         say: Callable[[str], None],
     ) -> None:
         self._run, self._spec, self._world = run, spec, world
         self._parameters, self._optimizer = parameters, optimizer
         self._target_modules = target_modules
-        self._corpus_sha256, self._say = corpus_sha256, say
+        self._corpus_sha256, self._metrics, self._say = corpus_sha256, metrics, say
+        self._background = world.second()
+        self._snapshot = Snapshot()
+        self._save: _Save | None = None
+        self._tried = self._committed = TrainState()
+        self._retry_step, self._backoff = 0, 1
 
-    def save(self, state: TrainState) -> None:
-        """Write and commit a checkpoint; all ranks call this together.
+    def due(self, state: TrainState, *, improved: bool) -> bool:
+        """Whether to save between these two steps; the same on every rank."""
+        if state.step == 0 or state.mark == self._tried.mark:
+            return False
+        checkpoint = self._spec.checkpoint
+        regular = state.step % checkpoint.every_steps == 0 or (improved and checkpoint.keep_best)
+        failed = self._tried.step > self._committed.step
+        return regular or (failed and state.step >= self._retry_step)
+
+    def start(self, state: TrainState) -> None:
+        """Copy the state, and have it written while training goes on; all ranks together.
+
+        A save that is still being written is waited for.
 
         Raises:
-            CheckpointError: Some rank could not write. Earlier checkpoints are untouched, and
-                nothing of this one is left.
+            Exception: A mistake in the code that wrote the last one.
         """
-        folder, step = self._run.checkpoints, state.step
-        partial = checkpoints.partial_path(folder, step)
-        self._together(partial, lambda: checkpoints.begin(folder, step), only_rank_0=True)
-        self._together(partial, lambda: self._write(partial, state))
-        self._together(
-            partial,
-            lambda: checkpoints.commit(partial, step=step, facts=self._facts()),
-            only_rank_0=True,
-        )
+        self.poll(wait=True)
+        rng = get_rng(self._world.device)
+        tensors: dict[str, torch.Tensor] = {}
         if self._world.rank == 0:
-            keep_best = state.best_step if self._spec.checkpoint.keep_best else None
-            try:
-                checkpoints.retain(
-                    folder, keep_last=self._spec.checkpoint.keep_last, best_step=keep_best
-                )
-            except OSError as error:
-                self._say(f"old checkpoints could not be removed: {error}")
+            tensors = {f"{ADAPTER}:{name}": p for name, p in self._parameters.items()}
+            own = moments(self._optimizer, self._parameters)
+            tensors |= {f"{OPTIMIZER}:{name}": tensor for name, tensor in own.items()}
+            tensors = self._snapshot.take(tensors)
+        self._metrics.flush()
+        state = replace(state, metrics_bytes=self._metrics.bytes)
+        self._tried = state
+        self._save = _Save(state, lambda save: self._write(save, tensors, rng))
+        self._save.start()
+
+    def poll(self, *, wait: bool = False) -> None:
+        """See whether the save that was started has ended, on all ranks; say so if it has."""
+        save = self._save
+        if save is None:
+            return
+        if wait:
+            save.join()
+        elif self._world.any(save.is_alive()):
+            return
+        self._save = None
+        if save.bug is not None:
+            raise save.bug
+        step = save.state.step
+        if not save.problem:
+            self._committed, self._backoff = save.state, 1
+            self._say(f"step {step}: checkpoint committed after {save.seconds:.1f} s")
+            return
+        every = self._spec.checkpoint.every_steps
+        self._retry_step = self._tried.step + self._backoff
+        self._backoff = min(2 * self._backoff, every)
+        self._say(
+            f"step {step}: NOT saved: {save.problem}; training goes on, the last checkpoint is of "
+            f"step {self._committed.step}"
+        )
+
+    def finish(self, state: TrainState) -> None:
+        """Have a state committed before anything else happens; all ranks together.
+
+        Raises:
+            CheckpointError: It could not be written. Earlier checkpoints are untouched.
+        """
+        self.poll(wait=True)
+        for left in reversed(range(_LAST_TRIES)):
+            if self._committed.mark == state.mark:
+                return
+            self.start(state)
+            save = self._save
+            self.poll(wait=True)
+            if left and self._committed.mark != state.mark:
+                time.sleep(_TRY_AGAIN_S)
+        if self._committed.mark != state.mark:
+            assert save is not None
+            raise CheckpointError(save.problem)
+
+    def close(self) -> None:
+        """Let a save end that is still being written, for a process that is about to fail."""
+        if self._save is not None:
+            self._save.join(_CLOSE_S)
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
         """Put a checkpoint's state into the parameters, the optimizer and the generators.
 
         Raises:
             CheckpointError: It is not of this run, or does not fit the model.
+            PlanError: The spec has changed in a key that may not.
         """
         path, manifest = checkpoint.path, checkpoint.manifest
-        if manifest["spec_sha256"] != self._spec.sha256():
-            raise CheckpointError(f"{path}: was made by another spec")
+        tree = json.loads((path / STATE).read_text(encoding="utf-8"))
+        for line in check_change(spec_from_tree(tree["spec"], source=str(path)), self._spec):
+            self._say(line)
         if manifest["corpus_sha256"] != self._corpus_sha256:
+            sources = ", ".join(dataset.source for dataset in self._spec.data.datasets)
             raise CheckpointError(
-                f"{path}: the data is not the one that the run began with (data.source: "
-                f"{self._spec.data.source}); put it back, or start a new run"
+                f"{path}: the data is not the one that the run began with (data.source: {sources});"
+                " put it back, or start a new run"
             )
         self._say_changes(manifest)
         weights = load_file(path / ADAPTER)
@@ -135,44 +242,116 @@ class Checkpointer:
             raise CheckpointError(f"{path}: does not fit the model: {', '.join(odd[:3])}")
         for name, parameter in self._parameters.items():
             parameter.data.copy_(weights[name])
-        tree = json.loads((path / STATE).read_text(encoding="utf-8"))
         state = TrainState(**tree["train"])
-        moments = load_file(path / OPTIMIZER)
-        set_moments(
-            self._spec.optimizer, self._optimizer, self._parameters, moments, step=state.step
-        )
-        set_rng(load_file(_rng_file(path, self._world.rank)), self._world.device)
+        saved = load_file(path / OPTIMIZER)
+        set_moments(self._spec.optimizer, self._optimizer, self._parameters, saved, step=state.step)
+        self._restore_rng(checkpoint, state)
+        self._tried = self._committed = state
         return state
 
-    def _write(self, partial: Path, state: TrainState) -> None:
-        rng = get_rng(self._world.device)
-        save_file(rng, _rng_file(partial, self._world.rank))
-        if self._world.rank != 0:
+    def _restore_rng(self, checkpoint: Checkpoint, state: TrainState) -> None:
+        before, now = checkpoint.manifest["world_size"], self._world.size
+        rng: dict[str, torch.Tensor] = {}
+        if before == now:
+            rng = load_file(_rng_file(checkpoint.path, self._world.rank))
+        if rng and ("cuda" in rng) == (self._world.device.type == "cuda"):
+            set_rng(rng, self._world.device)
             return
-        weights = {
-            name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in self._parameters.items()
-        }
-        save_file(weights, partial / ADAPTER)
-        moments = get_moments(self._spec.optimizer, self._optimizer, self._parameters)
-        save_file(moments, partial / OPTIMIZER)
-        write_json(
-            partial / STATE, {"train": asdict(state), "target_modules": self._target_modules}
+        seed_rng(self._spec.seed, self._world.rank, state.step)
+        self._say(
+            f"{now} processes go on where {before} stopped, or on another kind of device: their "
+            "generators are seeded anew from seed, rank and step"
         )
 
-    def _together(self, partial: Path, write: Any, *, only_rank_0: bool = False) -> None:
-        """Write, and fail on all ranks if it fails on one."""
-        problem = ""
+    def _write(
+        self, save: _Save, tensors: Mapping[str, torch.Tensor], rng: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Runs in the save's thread."""
+        folder, state = self._run.checkpoints, save.state
+        partial = checkpoints.partial_path(folder, state.step)
+        known: dict[str, str] = {}
+
+        def begin() -> None:
+            faults.reach("save-begin")
+            checkpoints.begin(folder, state.step)
+
+        def write() -> None:
+            faults.reach("save-write")
+            file = _rng_file(partial, self._world.rank)
+            write_tensors(file, {name: Entry.of(tensor) for name, tensor in rng.items()})
+            if self._world.rank == 0:
+                known.update(self._write_state(partial, state, tensors))
+
+        def commit() -> None:
+            self._check_metrics(state)
+            facts = self._facts()
+            checkpoints.commit(partial, step=state.step, facts=facts, known=known)
+
+        for stage, only_rank_0 in ((begin, True), (write, False), (commit, True)):
+            save.problem = self._together(stage, partial, only_rank_0=only_rank_0)
+            if save.problem:
+                if self._world.rank == 0:
+                    checkpoints.discard(partial)
+                return
+        if self._world.rank == 0:
+            self._retain(state)
+            faults.reach("save-after")
+
+    def _check_metrics(self, state: TrainState) -> None:
+        """A resume cuts metrics.jsonl back to the checkpoint; it must reach as far."""
+        path = self._run.metrics
+        if state.metrics_bytes > (path.stat().st_size if path.exists() else 0):
+            raise CheckpointError(f"{path} lacks its last lines, which the disk refused")
+        if path.exists():
+            fsync_file(path)
+
+    def _write_state(
+        self, partial: Path, state: TrainState, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, str]:
+        hashes = {}
+        for file in (ADAPTER, OPTIMIZER):
+            entries = {
+                name.removeprefix(f"{file}:"): Entry.of(tensor)
+                for name, tensor in tensors.items()
+                if name.startswith(f"{file}:")
+            }
+            hashes[file] = write_tensors(partial / file, entries)
+        tree = {
+            "train": asdict(state),
+            "target_modules": self._target_modules,
+            "spec": self._spec.model_dump(mode="json"),
+        }
+        write_json(partial / STATE, tree)
+        return hashes
+
+    def _together(self, stage: Callable[[], None], partial: Path, *, only_rank_0: bool) -> str:
+        """Do a stage, and fail on all ranks if it fails on one; returns why."""
+        problem, bug = "", None
         if self._world.rank == 0 or not only_rank_0:
             try:
-                write()
-            except (OSError, SafetensorError) as error:
+                stage()
+            except OSError as error:
                 problem = checkpoints.storage_message(error, partial)
-        problem = self._world.first_text(problem)
-        if problem:
-            if self._world.rank == 0:
-                checkpoints.discard(partial)
-            raise CheckpointError(problem)
+            except QLoRAError as error:
+                problem = str(error)
+            except Exception as error:
+                problem, bug = f"rank {self._world.rank}: {error}", error
+        problem = self._background.first_text(problem)
+        if bug is not None:
+            raise bug
+        return problem
+
+    def _retain(self, state: TrainState) -> None:
+        keep = self._spec.checkpoint
+        try:
+            checkpoints.retain(
+                self._run.checkpoints,
+                keep_last=keep.keep_last,
+                keep_every=keep.keep_every,
+                best_step=state.best_step if keep.keep_best else None,
+            )
+        except OSError as error:
+            self._say(f"old checkpoints could not be removed: {error}")
 
     def _say_changes(self, manifest: Mapping[str, Any]) -> None:
         """A run goes on with other versions or GPUs, and is then no longer the same bits."""
@@ -185,45 +364,12 @@ class Checkpointer:
     def _facts(self) -> dict[str, Any]:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         return {
-            "spec_sha256": self._spec.sha256(),
+            "spec_sha256": spec_sha256(self._spec),
             "corpus_sha256": self._corpus_sha256,
             "world_size": self._world.size,
             "device": _device_name(self._world.device),
             "versions": {"qlora-dist": __version__, **versions},
         }
-
-
-def get_rng(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of every generator that training may draw from, as tensors."""
-    version, words, gauss = random.getstate()
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
-    mt = numpy_state["state"]
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor(
-            [*mt["key"].tolist(), mt["pos"], numpy_state["has_gauss"]], dtype=torch.int64
-        ),
-        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what :func:`get_rng` gave."""
-    torch.set_rng_state(state["torch"])
-    version, *words = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    *key, pos, has_gauss = state["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(key, np.uint32), pos, has_gauss, state["numpy_gauss"].item())
-    )
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _rng_file(folder: Path, rank: int) -> Path:

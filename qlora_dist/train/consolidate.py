@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from qlora_dist import checkpoints
+from qlora_dist import checkpoints, faults
 from qlora_dist.checkpoints import Checkpoint
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import CheckpointError, ModelError, RunDirError, UserError
@@ -40,6 +40,7 @@ def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
     try:
         remove_tree(new)
         new.mkdir(mode=0o700)
+        faults.reach("consolidation")
         _write_config(checkpoint, spec, new)
         with safe_open(checkpoint.path / ADAPTER, "pt") as file:
             weights: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping

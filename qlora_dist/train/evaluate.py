@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qlora_dist import faults
 from qlora_dist.data.tokens import Sample
 from qlora_dist.train.batch import make_batch
 from qlora_dist.train.objective import summed_loss
@@ -35,6 +36,7 @@ def evaluation_loss(
     with evaluation_mode(model), torch.no_grad():
         for turn in range(rounds):
             check_stop()
+            faults.reach("evaluation")
             index = turn * world.size + world.rank
             part = samples[index * micro_size : (index + 1) * micro_size]
             if part:

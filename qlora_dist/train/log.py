@@ -1,5 +1,6 @@
 """What a run says: lines for a person, and metrics for programs. Rank 0 writes both."""
 
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,32 @@ from typing import Any
 
 from qlora_dist.layout import RunDir
 from qlora_dist.train.world import World
+
+
+class _Lines:
+    """A file that lines are added to; what the disk refuses is kept, and written later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._pending = path, b""
+
+    def add(self, line: str) -> None:
+        self._pending += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        with contextlib.suppress(OSError), self._path.open("ab", buffering=0) as file:
+            begin = file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(self._pending):
+                    written += file.write(self._pending[written:])
+            except OSError:
+                # No half lines.
+                file.truncate(begin)
+                raise
+            self._pending = b""
 
 
 class RunLog:
@@ -23,15 +50,14 @@ class RunLog:
     """
 
     def __init__(self, run: RunDir, attempt: int, world: World, *, echo: bool) -> None:
-        self._path = run.run_log(attempt) if world.rank == 0 else None
+        self._lines = _Lines(run.run_log(attempt)) if world.rank == 0 else None
         self._echo = echo
 
     def say(self, line: str) -> None:
         """Add a line; nothing on ranks other than 0."""
-        if self._path is None:
+        if self._lines is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._lines.add(line)
         if self._echo:
             sys.stderr.write(line + "\n")
 
@@ -59,10 +85,14 @@ class Metrics:
     """metrics.jsonl: one JSON object a line, ``kind`` "train" or "eval"; rank 0's.
 
     Floats are written so that they read back bit for bit.
+
+    Attributes:
+        bytes: Length of the file, lines counted that the disk has refused so far.
     """
 
     def __init__(self, path: Path, world: World, attempt: int) -> None:
-        self._path, self._writes, self._attempt = path, world.rank == 0, attempt
+        self._path, self._lines, self._attempt = path, _Lines(path), attempt
+        self._writes = world.rank == 0
         self.bytes = path.stat().st_size if path.exists() else 0
 
     def cut(self, length: int) -> None:
@@ -80,10 +110,13 @@ class Metrics:
         if not self._writes:
             return
         record = {"kind": kind, **values, "attempt": self._attempt, "time": time.time()}
-        line = (json.dumps(record) + "\n").encode()
-        with self._path.open("ab") as file:
-            file.write(line)
-        self.bytes += len(line)
+        line = json.dumps(record)
+        self.bytes += len(line) + 1
+        self._lines.add(line)
+
+    def flush(self) -> None:
+        """Try again to write what the disk has refused."""
+        self._lines.flush()
 
 
 def redirect_output(path: Path) -> None:

@@ -11,8 +11,10 @@ from qlora_dist.errors import CheckpointError
 from qlora_dist.plan import Length
 from qlora_dist.spec import OptimizerSection, ScheduleSection
 
-# The moments, as each library calls them. What else their state holds follows from the step.
-_MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "paged_adamw_32bit": ("state1", "state2")}
+# What of each library's state is saved; the rest follows from the step, or is a constant. The 8-bit
+# kinds keep the moments of small parameters in 32 bits, without absmax.
+_TORCH = ("exp_avg", "exp_avg_sq")
+_BITSANDBYTES = ("state1", "state2", "absmax1", "absmax2")
 
 
 def make_optimizer(section: OptimizerSection, parameters: Mapping[str, nn.Parameter]) -> Any:
@@ -26,22 +28,26 @@ def make_optimizer(section: OptimizerSection, parameters: Mapping[str, nn.Parame
     }
     if section.kind == "adamw":
         return torch.optim.AdamW(tensors, fused=tensors[0].device.type == "cuda", **common)
-    from bitsandbytes.optim import PagedAdamW32bit
+    from bitsandbytes import optim
 
-    return PagedAdamW32bit(tensors, **common)
+    kinds = {
+        "paged_adamw_32bit": optim.PagedAdamW32bit,
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
+    return kinds[section.kind](tensors, **common)
 
 
-def get_moments(
-    section: OptimizerSection, optimizer: Any, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of all moments, as ``parameter.moment``; empty before the first step."""
-    if section.kind == "paged_adamw_32bit":
-        _finish(parameters)
+def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The moments themselves, not copies, as ``parameter.moment``; empty before the first step.
+
+    Paged moments lie in managed memory, which bitsandbytes shows as CPU tensors. Here they are seen
+    through the GPU: a copy of them is then one in device order, wherever their pages are.
+    """
     return {
-        f"{name}.{moment}": optimizer.state[parameter][moment].detach().to("cpu", copy=True)
+        f"{name}.{moment}": _on_device(tensor, parameter.device)
         for name, parameter in parameters.items()
-        for moment in _MOMENTS[section.kind]
-        if optimizer.state[parameter]
+        for moment, tensor in _state_tensors(optimizer, parameter)
     }
 
 
@@ -49,34 +55,60 @@ def set_moments(
     section: OptimizerSection,
     optimizer: Any,
     parameters: Mapping[str, nn.Parameter],
-    moments: Mapping[str, torch.Tensor],
+    saved: Mapping[str, torch.Tensor],
     *,
     step: int,
 ) -> None:
-    """Put back what :func:`get_moments` gave after ``step`` steps.
+    """Put back what :func:`moments` gave after ``step`` steps.
 
     Raises:
         CheckpointError: Not every moment is there, or there are others.
     """
-    names = _MOMENTS[section.kind]
-    wanted = {f"{name}.{moment}" for name in parameters for moment in names} if step else set()
-    if wanted != set(moments):
-        odd = sorted(wanted ^ set(moments))
+    if step:
+        for index, parameter in enumerate(parameters.values()):
+            _allocate(section, optimizer, index, parameter, step)
+    own = moments(optimizer, parameters)
+    if set(own) != set(saved):
+        odd = sorted(set(own) ^ set(saved))
         raise CheckpointError(f"the optimizer's state does not fit the model: {', '.join(odd[:3])}")
-    if not step:
-        return
-    for index, (name, parameter) in enumerate(parameters.items()):
-        _allocate(section, optimizer, index, parameter, step)
-        for moment in names:
-            optimizer.state[parameter][moment].copy_(moments[f"{name}.{moment}"])
-    _finish(parameters)
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+            raise CheckpointError(f"the optimizer's state does not fit the model: {name}")
+        tensor.copy_(saved[name])
+    if any(parameter.device.type == "cuda" for parameter in parameters.values()):
+        torch.cuda.synchronize()
+
+
+def _state_tensors(optimizer: Any, parameter: nn.Parameter) -> list[tuple[str, torch.Tensor]]:
+    state = optimizer.state[parameter]
+    return [(name, state[name]) for name in (*_TORCH, *_BITSANDBYTES) if name in state]
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if not getattr(tensor, "is_paged", False):
+        return tensor
+    return torch.as_tensor(_Managed(tensor), device=device)
+
+
+class _Managed:
+    """Managed memory, as the CUDA array interface describes it (version 3)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        kind = {torch.float32: "<f4", torch.uint8: "|u1"}[tensor.dtype]
+        self._memory = tensor
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": kind,
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
 
 
 def _allocate(
     section: OptimizerSection, optimizer: Any, index: int, parameter: nn.Parameter, step: int
 ) -> None:
     """Give a parameter's moments memory of the kind that the optimizer itself would take."""
-    if section.kind == "paged_adamw_32bit":
+    if section.kind != "adamw":
         if not optimizer.initialized:
             optimizer.check_overrides()
             optimizer.to_gpu()
@@ -91,12 +123,6 @@ def _allocate(
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
     }
-
-
-def _finish(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Paged moments are host-visible memory that kernels still write to: wait for those."""
-    if any(parameter.device.type == "cuda" for parameter in parameters.values()):
-        torch.cuda.synchronize()
 
 
 def learning_rate(step: int, schedule: ScheduleSection, length: Length, *, peak: float) -> float:

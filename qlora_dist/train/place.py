@@ -14,20 +14,23 @@ class Place:
         size: Processes over all nodes.
         local_rank: Rank on this node.
         attempt: Attempt that our launcher has begun; None under another launcher.
+        fault: A fault to inject (qlora_dist.faults); None for none.
     """
 
     rank: int
     size: int
     local_rank: int
     attempt: int | None
+    fault: str | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Place":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK (torchrun) and QLORA_ATTEMPT (qlora_dist.job)."""
+        """Read torchrun's RANK, WORLD_SIZE and LOCAL_RANK, our QLORA_ATTEMPT and QLORA_FAULT."""
         attempt = env.get("QLORA_ATTEMPT")
         return cls(
             int(env.get("RANK", "0")),
             int(env.get("WORLD_SIZE", "1")),
             int(env.get("LOCAL_RANK", "0")),
             None if attempt is None else int(attempt),
+            env.get("QLORA_FAULT"),
         )

@@ -1,16 +1,14 @@
 """Training from a run directory to an adapter, stage by stage; each is a module of its own."""
 
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from qlora_dist import checkpoints
+from qlora_dist import checkpoints, faults
 from qlora_dist.attempt import own
 from qlora_dist.checkpoints import Checkpoint
 from qlora_dist.data.build import ensure_store
@@ -28,6 +26,7 @@ from qlora_dist.train.adapters import add_adapter, target_modules, trainable
 from qlora_dist.train.attention import VARLEN
 from qlora_dist.train.checkpoint import Checkpointer, TrainState
 from qlora_dist.train.consolidate import consolidate
+from qlora_dist.train.generators import seed_rng
 from qlora_dist.train.load import check_shape, linear_layers, load_base
 from qlora_dist.train.log import EverySoOften, Metrics, RunLog
 from qlora_dist.train.optimizer import make_optimizer
@@ -98,6 +97,7 @@ def _train(
     clock.lap("data")
     check_stop()
 
+    faults.reach("load")
     attention = attention_of(spec)
     base = load_base(spec, device=world.device, attention=attention)
     check_shape(base, plan)
@@ -112,15 +112,16 @@ def _train(
     strategy = STRATEGIES[spec.strategy.kind](world)
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, parameters)
+    metrics = Metrics(run.metrics, world, progress.attempt)
     checkpointer = Checkpointer(
-        run, spec, world, parameters, optimizer, targets, corpus.store.sha256, log.say
+        run, spec, world, parameters, optimizer, targets, corpus.store.sha256, metrics, log.say
     )
     state = TrainState()
     if checkpoint is not None:
         state = checkpointer.restore(checkpoint)
         log.say(f"resumed after step {state.step} from {checkpoint.path.name}")
+    _check_steps(length, state)
     strategy.prepare(parameters)
-    metrics = Metrics(run.metrics, world, progress.attempt)
     metrics.cut(state.metrics_bytes)
     autocast, track, finish_tracking = _accelerate(run, plan, world, state)
 
@@ -151,6 +152,7 @@ def _train(
         end = fit(training, state)
     finally:
         progress.step = training.step
+        checkpointer.close()
         finish_tracking()
     # A run that was finished already keeps the adapter that it has, which may be a chosen one.
     if world.rank == 0 and (end.step > state.step or not run.adapter.exists()):
@@ -192,10 +194,7 @@ def _prepare_process(plan: Plan, world: World) -> None:
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory guards against reading it unwritten; it costs a kernel a tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    seed = int(np.random.SeedSequence([plan.spec.seed, world.rank]).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_rng(plan.spec.seed, world.rank)
 
 
 def _resume_point(run: RunDir, world: World, log: RunLog) -> Checkpoint | None:
@@ -227,6 +226,7 @@ def _open_store(run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log
 
         def on_rows(done: int, total: int) -> None:
             check()
+            faults.reach("tokenising")
             progress.say(f"data: {done:,} of {total:,} rows tokenised")
 
         check()
@@ -239,6 +239,16 @@ def _open_store(run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log
     path = folder / world.on_rank_0("data", work, stop.here)
     wait_for(path, _VISIBLE_S)
     return open_store(path, verify=False)
+
+
+def _check_steps(length: Length, state: TrainState) -> None:
+    """A run may be made longer or shorter at a resume, and not shorter than it is already."""
+    assert length.steps is not None
+    if state.step > length.steps:
+        raise PlanError(
+            f"schedule: {length.steps} steps, and the run has {state.step} behind it; use at least "
+            "as many"
+        )
 
 
 def _say_data(log: RunLog, spec: RunSpec, corpus: Corpus, length: Length) -> None:

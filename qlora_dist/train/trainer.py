@@ -12,13 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from qlora_dist import faults
 from qlora_dist.data.corpus import Corpus
 from qlora_dist.data.schedule import SampleSchedule, shard
 from qlora_dist.errors import DivergedError
 from qlora_dist.plan import Length, Plan
 from qlora_dist.train.batch import make_batch
-from qlora_dist.train.checkpoint import Checkpointer, TrainState, get_rng, set_rng
+from qlora_dist.train.checkpoint import Checkpointer, TrainState
 from qlora_dist.train.evaluate import evaluation_loss
+from qlora_dist.train.generators import get_rng, set_rng
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import learning_rate
@@ -76,33 +78,33 @@ def fit(t: Training, state: TrainState) -> TrainState:
     Raises:
         Preempted: A stop was asked for; the last complete step is committed.
         DivergedError: Loss or gradient is not finite; nothing after the last checkpoint is kept.
-        CheckpointError: A checkpoint could not be written.
+        CheckpointError: The last checkpoint could not be written.
     """
-    spec = t.plan.spec
     assert t.length.steps is not None
-    saved = state
     try:
         while True:
             t.step = state.step
-            last = state.step == t.length.steps
+            t.checkpointer.poll()
+            last = state.step >= t.length.steps
             improved = False
             if _evaluation_due(t, state, last=last):
                 state = _evaluate(t, state)
-                improved = state.best_step == state.step and spec.checkpoint.keep_best
-            save_due = last or state.step % spec.checkpoint.every_steps == 0 or improved
-            if save_due and state.step > 0 and state != saved:
-                saved = state = _save(t, state)
+                improved = state.best_step == state.step
             if last:
+                t.checkpointer.finish(state)
                 return state
+            if t.checkpointer.due(state, improved=improved):
+                _start_save(t, state)
             state = _train_step(t, state)
     except Preempted:
-        if state.step > saved.step:
-            _save(t, state)
+        if state.step > 0:
+            t.checkpointer.finish(state)
         raise
 
 
 def _train_step(t: Training, state: TrainState) -> TrainState:
     """One optimizer step on the next global batch; dropped whole if a stop comes inside."""
+    faults.reach("first-step")
     spec, begin = t.plan.spec, time.perf_counter()
     samples = t.schedule.samples(state.position, spec.batch.global_size)
     total_targets = int(t.corpus.targets[samples].sum())
@@ -124,6 +126,7 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
         group["lr"] = lr
     t.optimizer.step()
 
+    before = state.position
     state = replace(
         state,
         step=state.step + 1,
@@ -133,6 +136,8 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
     _report(
         t, state, mean_loss, lr, grad_norm, samples.tolist(), total_tokens, total_targets, begin
     )
+    if state.position // t.corpus.num_sequences > before // t.corpus.num_sequences:
+        faults.reach("epoch-end")
     return state
 
 
@@ -167,6 +172,7 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
             part = summed_loss(t.model, batch) / total_targets
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
+        faults.reach("accumulation")
     return loss
 
 
@@ -238,10 +244,7 @@ def _evaluate(t: Training, state: TrainState) -> TrainState:
     return state
 
 
-def _save(t: Training, state: TrainState) -> TrainState:
+def _start_save(t: Training, state: TrainState) -> None:
     begin = time.perf_counter()
-    # metrics.bytes is rank 0's; only rank 0 writes the state.
-    state = replace(state, metrics_bytes=t.metrics.bytes)
-    t.checkpointer.save(state)
-    t.say(f"step {state.step}: checkpoint committed in {time.perf_counter() - begin:.1f} s")
-    return state
+    t.checkpointer.start(state)
+    t.metrics.write("save", step=state.step, stall_s=time.perf_counter() - begin)

@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from qlora_dist import ends
+from qlora_dist import ends, faults
 from qlora_dist.attempt import register_rank
 from qlora_dist.checkpoints import storage_message
 from qlora_dist.errors import QLoRAError
@@ -32,6 +32,7 @@ def main(run_path: str) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = Place.from_env()
     run = RunDir(Path(run_path).absolute())
+    faults.arm(place.fault, rank=place.rank, disk=run.root)
     if place.attempt is not None:
         from qlora_dist.train.log import redirect_output
 
@@ -45,6 +46,7 @@ def main(run_path: str) -> int:
     progress = Progress(place.attempt)
     code, cause = ends.DONE, "trained to the last step"
     try:
+        faults.reach("start")
         train(run, place, stop, progress, clock)
     except Preempted:
         code, cause = ends.PREEMPTED, f"stopped after step {progress.step}"

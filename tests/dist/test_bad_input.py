@@ -1,14 +1,9 @@
 """Each mistake gets one message that says what would work, the right exit code, and nothing half done."""
 
 import json
-import os
-import shutil
-import subprocess
 
 import pytest
 
-from qlora_dist.layout import RunDir
-from qlora_dist.train.compare import records
 
 
 def write(path, text):
@@ -100,7 +95,7 @@ def test_a_shape_that_is_not_the_models(config, qlora):
 def test_a_run_directory_of_another_spec(config, whole_run, qlora):
     path = config(run_dir=str(whole_run.root))
     done = qlora("run", path, "optimizer.lr=5e-4", code=2)
-    assert "optimizer.lr: 0.001 there, 0.0005 asked for" in done.stderr
+    assert "optimizer.lr: was 0.001, is 0.0005" in done.stderr
 
 
 def test_an_export_never_replaces_what_it_did_not_make(whole_run, copy_of, qlora, tmp_path):
@@ -138,27 +133,3 @@ def test_a_loss_that_is_not_a_number_stops_the_run_for_good(config, qlora, tmp_p
     path = config(optimizer__lr=1e30, optimizer__max_grad_norm=None)
     done = qlora("run", path, code=93)
     assert "Try a lower optimizer.lr" in done.stderr
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
-def test_a_full_disk_keeps_the_last_checkpoint(config, qlora, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True
-    )
-    try:
-        # A checkpoint takes about 140 kB, and all of them are kept.
-        path = config(run_dir=str(disk / "run"), checkpoint__keep_last=50)
-        done = qlora("run", path, code=1)
-        assert "the disk is full" in done.stderr
-        run = RunDir(disk / "run")
-        kept = sorted(p.name for p in run.checkpoints.iterdir())
-        assert kept
-        assert not any(name.endswith(".partial") for name in kept)
-        copy = RunDir(tmp_path / "run-copy")
-        shutil.copytree(run.root, copy.root)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    qlora("resume", copy.root)
-    assert ("train", 10) in records(copy)

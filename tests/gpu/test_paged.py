@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from qlora_dist.spec import OptimizerSection
-from qlora_dist.train.optimizer import get_moments, make_optimizer, set_moments
+from qlora_dist.train.optimizer import make_optimizer, moments, set_moments
+from qlora_dist.train.snapshot import Snapshot
 
 
 def steps(optimizer, parameters, count, seed):
@@ -17,7 +18,7 @@ def steps(optimizer, parameters, count, seed):
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit"])
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"])
 def test_an_optimizer_goes_on_from_its_saved_moments_bit_for_bit(kind):
     section = OptimizerSection(kind=kind, lr=1e-3)
 
@@ -32,18 +33,18 @@ def test_an_optimizer_goes_on_from_its_saved_moments_bit_for_bit(kind):
     whole = fresh()
     optimizer = make_optimizer(section, whole)
     steps(optimizer, whole, 3, seed=1)
-    moments = get_moments(section, optimizer, whole)
+    saved = Snapshot().take(moments(optimizer, whole))
     weights = {name: parameter.detach().clone() for name, parameter in whole.items()}
     steps(optimizer, whole, 3, seed=2)
 
     resumed = {name: nn.Parameter(weight) for name, weight in weights.items()}
     again = make_optimizer(section, resumed)
-    set_moments(section, again, resumed, moments, step=3)
-    if kind == "paged_adamw_32bit":
+    set_moments(section, again, resumed, saved, step=3)
+    if kind.startswith("paged_"):
         assert getattr(again.state[resumed["large"]]["state1"], "is_paged", False)
         assert not getattr(again.state[resumed["small"]]["state1"], "is_paged", False)
     steps(again, resumed, 3, seed=2)
     for name, parameter in whole.items():
         assert torch.equal(parameter, resumed[name])
-    ours, theirs = (get_moments(section, o, p) for o, p in ((optimizer, whole), (again, resumed)))
+    ours, theirs = moments(optimizer, whole), moments(again, resumed)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
