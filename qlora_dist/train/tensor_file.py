@@ -116,7 +116,7 @@ def _count(shape: Iterable[int]) -> int:
 def _chunks(tensor: torch.Tensor) -> Iterable[memoryview]:
     if tensor.numel() == 0:
         return
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
     for start in range(0, len(data), _CHUNK):
         yield data[start : start + _CHUNK]
 
