@@ -100,7 +100,7 @@ def open_sources(run: RunDir, spec: RunSpec, *, kinds: Collection[BaseKind]) -> 
             that training quantised.
     """
     adapter = Adapter(run, scale=spec.adapter.alpha / spec.adapter.r)
-    folder = base_folder(spec)
+    folder = _base_folder(spec)
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
@@ -159,7 +159,7 @@ def write_merged(
             )
 
 
-def base_folder(spec: RunSpec) -> Path:
+def _base_folder(spec: RunSpec) -> Path:
     """The base's folder: local, or in the hub's cache, fetched if need be.
 
     Raises:
