@@ -124,6 +124,18 @@ def make_parser() -> argparse.ArgumentParser:
     export = verb("export", _export, "merge the adapter into the base, as RUN/merged in 16 bits")
     _run_argument(export)
     export.add_argument("--output", type=Path, help="another folder to write")
+    export.add_argument(
+        "--base",
+        choices=["16bit", "dequantized", "auto"],
+        default="auto",
+        help="the base as it was published, as training quantised it, or whichever measures nearer "
+        "to the trained model (default)",
+    )
+    export.add_argument(
+        "--no-check",
+        action="store_true",
+        help="neither load nor measure what was written; not with --base auto",
+    )
 
     generate = verb(
         "generate", _generate, "answer prompts with a run, an adapter or a merged model"
@@ -381,21 +393,30 @@ def _consolidate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from qlora_dist.layout import open_run
     from qlora_dist.train.export import export
+    from qlora_dist.train.ticker import Ticker
 
+    _silence_bars_without_terminal()
     run, spec = open_run(args.run)
     output = (args.output or run.merged).expanduser().absolute()
-    count = export(run, spec, output, progress=sys.stderr.isatty())
-    _say(f"{output}: the base with the adapter merged into {count} matrices")
+    ticker = Ticker(_say, bar=sys.stderr.isatty())
+    done = export(run, spec, output, ticker, base=args.base, check=not args.no_check)
+    _say(
+        f"{output}: the {done.kind} base with the adapter merged into {done.num_matrices} matrices"
+    )
     return 0
+
+
+def _silence_bars_without_terminal() -> None:
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _generate(args: argparse.Namespace) -> int:
     from qlora_dist.train.generate import Sampling, open_generator
 
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    _silence_bars_without_terminal()
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     generator = open_generator(Path(args.model), base_only=args.base, raw=args.raw)

@@ -1,95 +1,140 @@
-"""Adapter and base to one 16-bit model, file by file of the base."""
+"""``RUN/merged``: which base the adapter is merged into, and the commit of the folder."""
 
-import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
+from safetensors import SafetensorError
 
 from qlora_dist import checkpoints
-from qlora_dist.errors import CheckpointError, ModelError, RunDirError
+from qlora_dist.errors import CheckpointError, DataError, ModelError, RunDirError, UserError
 from qlora_dist.files import remove_tree, replace_dir, write_json
-from qlora_dist.hub import explain, read_token
 from qlora_dist.layout import RunDir
-from qlora_dist.spec import RunSpec
-from qlora_dist.train.consolidate import PEFT_WEIGHTS
+from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.train.measure import (
+    Figures,
+    Rows,
+    Trained,
+    choose_rows,
+    measure_merged,
+    measure_trained,
+)
+from qlora_dist.train.merge import BaseKind, Sources, open_sources, write_merged
+from qlora_dist.train.ticker import Ticker
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 # In every folder that was made here: none but those is ever replaced, and its spec tells generate
 # which template the answers were learned after.
 MARK = "export.json"
-# Everything that a loader reads beside the weights.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+_UNMEASURED = "to export without measuring: --base 16bit --no-check"
 
 
-def export(run: RunDir, spec: RunSpec, output: Path, *, progress: bool = False) -> int:
-    """Write base + adapter as a Hugging Face model folder.
+@dataclass(frozen=True)
+class Export:
+    """What was written.
 
-    Each matrix with an adapter becomes ``W + alpha / r * B A``, computed in float32 and rounded
-    once; the rest is copied. 16-bit tensors keep their dtype, float32 ones become bfloat16. At
-    most one file of the base is in memory at a time.
+    Attributes:
+        kind: Base that the adapter was merged into.
+        num_matrices: Matrices that it was merged into.
+    """
 
-    Returns:
-        Matrices that the adapter was merged into.
+    kind: BaseKind
+    num_matrices: int
+
+
+def export(
+    run: RunDir,
+    spec: RunSpec,
+    output: Path,
+    ticker: Ticker,
+    *,
+    base: BaseKind | Literal["auto"] = "auto",
+    check: bool = True,
+) -> Export:
+    """Write base + adapter as a Hugging Face model folder; see :func:`write_merged`.
+
+    Args:
+        run: The run directory.
+        spec: Its spec.
+        output: The folder; replaced if it is an earlier export.
+        ticker: Shows the stages, and takes the figures.
+        base: What the adapter is added to; "auto" measures both and keeps the one that is nearer to
+            the trained model. Both are on the disk until then.
+        check: Load what was written, and measure it. Must be true for "auto".
 
     Raises:
+        UserError: There is no such base, or nothing to choose by.
         RunDirError: The run has no adapter yet, or ``output`` holds something that is no export.
-        ModelError: The base is missing, or lacks a matrix that the adapter is for.
-        CheckpointError: The folder cannot be written; nothing of it is left.
+        ModelError: The base is missing, or lacks a matrix that the adapter is for; or the merged
+            model does not load.
+        CheckpointError: The folder cannot be written.
+
+    Whatever is raised, ``output`` is as it was and nothing is left beside it.
     """
-    base = base_folder(spec)
+    kinds = _kinds(spec, base, ticker, check=check)
     _refuse_to_overwrite(output)
-    deltas = _Deltas(run.adapter / PEFT_WEIGHTS, scale=spec.adapter.alpha / spec.adapter.r)
-    new = output.with_name(output.name + ".partial")
+    sources = open_sources(run, spec, kinds=kinds)
+    partial = output.with_name(output.name + ".partial")
     try:
-        remove_tree(new)
-        new.mkdir(mode=0o700, parents=True)
-        for pattern in _COMPANIONS:
-            for path in base.glob(pattern):
-                shutil.copyfile(path, new / path.name)
-        _set_dtype(new / "config.json")
-        for name in tqdm(_weight_files(base), unit="file", disable=not progress):
-            _merge_file(base / name, new / name, deltas)
-        if left := deltas.unused():
-            raise ModelError(f"model.source: {base} lacks {', '.join(left[:3])}")
-        write_json(new / MARK, {"run": spec.name, "spec": spec.model_dump(mode="json")})
-        replace_dir(new, output)
-    except (OSError, SafetensorError) as error:
-        checkpoints.discard(new)
-        raise CheckpointError(checkpoints.storage_message(error, output)) from error
-    except ModelError:
-        checkpoints.discard(new)
-        raise
-    return deltas.count
+        with _storage(output):
+            remove_tree(partial)
+        measured: dict[str, Any] | None = None
+        kind = kinds[0]
+        if check:
+            rows, trained = _measure_trained(run, spec, ticker)
+            figures = {
+                kind: _candidate(sources, kind, partial / kind, rows, trained, ticker)
+                for kind in kinds
+            }
+            kind = min(kinds, key=lambda kind: figures[kind].kl_nats)
+            if len(kinds) > 1:
+                ticker.say(f"{kind} is nearer to the trained model")
+            measured = {
+                "samples": rows.source,
+                "num_targets": rows.num_targets,
+                "trained": {"perplexity": trained.perplexity},
+                **{name: asdict(value) for name, value in figures.items()},
+            }
+        else:
+            _write(sources, kind, partial / kind, ticker)
+        with _storage(output):
+            mark = {
+                "run": spec.name,
+                "spec": spec.model_dump(mode="json"),
+                "base": kind,
+                "base_asked_for": base,
+                "measured": measured,
+            }
+            write_json(partial / kind / MARK, mark)
+            replace_dir(partial / kind, output)
+    finally:
+        checkpoints.discard(partial)
+    return Export(kind, len(sources.adapter.names))
 
 
-def base_folder(spec: RunSpec) -> Path:
-    """The base's folder: local, or in the hub's cache, fetched if need be.
-
-    Raises:
-        ModelError: It is missing or gated.
-    """
-    path = Path(spec.model.source).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                spec.model.source,
-                revision=spec.model.revision,
-                allow_patterns=[*_COMPANIONS, "*.safetensors"],
-                token=read_token(spec.model.token_file),
-            )
+def _kinds(
+    spec: RunSpec, base: BaseKind | Literal["auto"], ticker: Ticker, *, check: bool
+) -> tuple[BaseKind, ...]:
+    """What is to be written, in this order."""
+    quantised = isinstance(spec.quantization, Nf4Quantization)
+    if base == "dequantized" and not quantised:
+        raise UserError(
+            "--base dequantized: quantization.kind is 'none', so that training quantised nothing; "
+            "use --base 16bit"
         )
-    except (OSError, ValueError) as error:
-        message = explain(error, kind="model", key="model.source", source=spec.model.source)
-        raise ModelError(message) from error
+    if base != "auto":
+        return (base,)
+    if not check:
+        raise UserError(
+            "--no-check: --base auto chooses by what it measures; use --base 16bit or --base "
+            "dequantized"
+        )
+    if not quantised:
+        ticker.say("quantization.kind is 'none', so that there is only the 16bit base")
+        return ("16bit",)
+    return ("16bit", "dequantized")
 
 
 def _refuse_to_overwrite(output: Path) -> None:
@@ -102,69 +147,49 @@ def _refuse_to_overwrite(output: Path) -> None:
         )
 
 
-class _Deltas:
-    """What the adapter adds to each matrix."""
-
-    def __init__(self, path: Path, *, scale: float) -> None:
-        if not path.exists():
-            raise RunDirError(
-                f"{path.parent} is not there yet; write it with: qlora consolidate "
-                f"{path.parent.parent}"
-            )
-        self._scale = scale
-        with safe_open(path, "pt") as file:
-            self._weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        self._modules = {
-            key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): key
-            for key in self._weights
-            if key.endswith(".lora_A.weight")
-        }
-        self.count = len(self._modules)
-
-    def pop(self, tensor_name: str) -> torch.Tensor | None:
-        """What to add to a tensor of the base, in float32; None where there is no adapter."""
-        key = self._modules.pop(tensor_name.removesuffix(".weight"), None)
-        if key is None:
-            return None
-        down = self._weights[key].float()
-        up = self._weights[key.replace(".lora_A.", ".lora_B.")].float()
-        return self._scale * (up @ down)
-
-    def unused(self) -> list[str]:
-        """Matrices that the base did not have."""
-        return sorted(self._modules)
+def _measure_trained(run: RunDir, spec: RunSpec, ticker: Ticker) -> tuple[Rows, Trained]:
+    try:
+        rows = choose_rows(run, spec)
+    except DataError as error:
+        raise DataError(f"{error}; {_UNMEASURED}") from error
+    with _device_memory():
+        trained = measure_trained(run, spec, rows, ticker)
+    ticker.say(
+        f"trained: perplexity {trained.perplexity:.4f} on {rows.num_targets:,} target tokens of "
+        f"{rows.source}"
+    )
+    return rows, trained
 
 
-def _weight_files(base: Path) -> list[str]:
-    if (base / _INDEX).is_file():
-        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-        # An index is a stranger's file: its names must not lead out of the folder.
-        if any(Path(name).name != name for name in names):
-            raise ModelError(f"model.source: {base / _INDEX} names files outside its folder")
-        return names
-    if (base / _SINGLE).is_file():
-        return [_SINGLE]
-    raise ModelError(f"model.source: {base} holds no safetensors weights")
+def _candidate(
+    sources: Sources, kind: BaseKind, folder: Path, rows: Rows, trained: Trained, ticker: Ticker
+) -> Figures:
+    _write(sources, kind, folder, ticker)
+    with _device_memory():
+        figures = measure_merged(folder, sources.spec, rows, trained, ticker, name=kind)
+    ticker.say(
+        f"{kind}: KL {figures.kl_nats:.3e} nats a token from the trained model, perplexity "
+        f"{figures.perplexity:.4f}"
+    )
+    return figures
 
 
-def _merge_file(source: Path, target: Path, deltas: _Deltas) -> None:
-    merged: dict[str, torch.Tensor] = {}
-    with safe_open(source, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - no mapping
-            weight = file.get_tensor(name)
-            dtype = torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype
-            delta = deltas.pop(name)
-            if delta is not None:
-                weight = weight.float() + delta
-            merged[name] = weight.to(dtype).contiguous()
-        metadata = file.metadata()
-    save_file(merged, target, metadata=metadata or {"format": "pt"})
+def _write(sources: Sources, kind: BaseKind, folder: Path, ticker: Ticker) -> None:
+    with ticker.stage(f"writing {kind}", sources.num_tensors, "tensor") as tick, _storage(folder):
+        write_merged(sources, kind, folder, on_tensor=tick)
 
 
-def _set_dtype(config: Path) -> None:
-    tree = json.loads(config.read_text(encoding="utf-8"))
-    for key in ("dtype", "torch_dtype"):
-        if tree.get(key) == "float32":
-            tree[key] = "bfloat16"
-    config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(checkpoints.storage_message(error, path)) from error
+
+
+@contextmanager
+def _device_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"a model does not fit on the GPU: {error}; {_UNMEASURED}") from error

