@@ -47,6 +47,11 @@ class Corpus:
         return [self._sample(int(number)) for number in arrays["train"][members]]
 
     @property
+    def train(self) -> Sequence[Sample]:
+        """Samples to train on, packed or not."""
+        return _Samples(self, self.store.arrays["train"])
+
+    @property
     def validation(self) -> Sequence[Sample]:
         """Samples held out."""
         return _Samples(self, self.store.arrays["validation"][: self.max_validation])

@@ -81,24 +81,29 @@ class _Save(threading.Thread):
     """One save on its way to the disk.
 
     Attributes:
+        waited_s: How long training waited for the copy.
+        seconds: How long the writing took.
         problem: Why it failed, on whichever rank; empty if it was committed.
         bug: An exception of this rank that no storage causes.
     """
 
-    def __init__(self, state: TrainState, write: Callable[["_Save"], None]) -> None:
+    def __init__(
+        self, state: TrainState, waited_s: float, write: Callable[["_Save"], None]
+    ) -> None:
         super().__init__(name=f"save-{state.step}", daemon=True)
-        self.state, self._write, self._begin = state, write, time.monotonic()
+        self.state, self.waited_s, self._write = state, waited_s, write
         self.problem, self.seconds = "", 0.0
         self.bug: Exception | None = None
 
     def run(self) -> None:
         """Write, and keep what went wrong for the training thread."""
+        begin = time.monotonic()
         try:
             self._write(self)
         except Exception as error:
             traceback.print_exc()
             self.problem, self.bug = self.problem or str(error), error
-        self.seconds = time.monotonic() - self._begin
+        self.seconds = time.monotonic() - begin
 
 
 class Checkpointer:
@@ -156,6 +161,7 @@ class Checkpointer:
             Exception: A mistake in the code that wrote the last one.
         """
         self.poll(wait=True)
+        begin = time.monotonic()
         rng = get_rng(self._world.device)
         tensors: dict[str, torch.Tensor] = {}
         if self._world.rank == 0:
@@ -166,7 +172,8 @@ class Checkpointer:
         self._metrics.flush()
         state = replace(state, metrics_bytes=self._metrics.bytes)
         self._tried = state
-        self._save = _Save(state, lambda save: self._write(save, tensors, rng))
+        waited = time.monotonic() - begin
+        self._save = _Save(state, waited, lambda save: self._write(save, tensors, rng))
         self._save.start()
 
     def poll(self, *, wait: bool = False) -> None:
@@ -184,7 +191,10 @@ class Checkpointer:
         step = save.state.step
         if not save.problem:
             self._committed, self._backoff = save.state, 1
-            self._say(f"step {step}: checkpoint committed after {save.seconds:.1f} s")
+            self._say(
+                f"step {step}: checkpoint committed after {save.seconds:.1f} s; training waited "
+                f"{save.waited_s:.2f} s"
+            )
             return
         every = self._spec.checkpoint.every_steps
         self._retry_step = self._tried.step + self._backoff

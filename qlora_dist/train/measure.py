@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
-from qlora_dist.data.corpus import load_corpus, load_tokenizer
+from qlora_dist.data.build import open_corpus
 from qlora_dist.data.tokens import Sample
 from qlora_dist.errors import ModelError
 from qlora_dist.layout import RunDir
 from qlora_dist.memory import GIB
 from qlora_dist.spec import RunSpec
 from qlora_dist.train.adapters import add_adapter, trainable
-from qlora_dist.train.batch import IGNORE, make_batch, num_targets
+from qlora_dist.train.batch import IGNORE, make_batch
 from qlora_dist.train.consolidate import PEFT_WEIGHTS
 from qlora_dist.train.evaluate import evaluation_mode
 from qlora_dist.train.load import load_base, quantised_layers
@@ -27,6 +27,8 @@ from qlora_dist.train.ticker import Ticker
 
 # Bounds what the trained model's log-probabilities take: 1 GiB for a vocabulary of 131,072.
 MAX_TARGETS = 2048
+# One sample at a time, so that every kernel would do; both models are given the same.
+_ATTENTION = "sdpa"
 # Left on a GPU for one sample's activations and logits.
 _SPARE_BYTES = 4 * GIB
 
@@ -85,7 +87,7 @@ def choose_rows(run: RunDir, spec: RunSpec) -> Rows:
         if count >= MAX_TARGETS:
             break
         chosen.append(sample)
-        count += num_targets(sample)
+        count += sample.num_targets
     return Rows(chosen, f"{len(chosen)} {source}", min(count, MAX_TARGETS))
 
 
@@ -144,7 +146,7 @@ def measure_merged(
 
 def _samples(run: RunDir, spec: RunSpec) -> tuple[Sequence[Sample], str]:
     """Samples to measure on, and what they are."""
-    corpus = load_corpus(spec, load_tokenizer(spec))
+    corpus = open_corpus(run, spec)
     if corpus.validation:
         return corpus.validation, "held-out samples"
     return corpus.train, f"training samples of {run.root.name}, which holds none out"
@@ -153,7 +155,7 @@ def _samples(run: RunDir, spec: RunSpec) -> tuple[Sequence[Sample], str]:
 def _load_trained(run: RunDir, spec: RunSpec, device: torch.device) -> Any:
     from bitsandbytes.nn import Linear4bit
 
-    base = load_base(spec, device=device)
+    base = load_base(spec, device=device, attention=_ATTENTION)
     found = {name for name, module in base.named_modules() if isinstance(module, Linear4bit)}
     if odd := sorted(found ^ quantised_layers(spec)):
         raise ModelError(f"model.source: transformers quantises other layers than ours: {odd[:3]}")
@@ -174,7 +176,7 @@ def _load_merged(folder: Path, spec: RunSpec, ticker: Ticker) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
-            attn_implementation=spec.model.attention,
+            attn_implementation=_ATTENTION,
             device_map={"": _device_for(folder, ticker)},
             use_safetensors=True,
             trust_remote_code=spec.model.trust_remote_code,
@@ -208,7 +210,7 @@ def _predict(
     """Log-probabilities, float32 of shape ``(targets, vocab)``, and targets of each sample."""
     left = rows.num_targets
     for sample in rows.samples:
-        batch = make_batch([sample], pad_id=0, device=model.device)
+        batch = make_batch([[sample]], flat=False, pad_id=0, device=model.device)
         with evaluation_mode(model), torch.no_grad(), autocast():
             logits = model(input_ids=batch.input_ids).logits
         places = (batch.targets[0] != IGNORE).nonzero().flatten()[:left]

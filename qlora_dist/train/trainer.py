@@ -94,7 +94,7 @@ def fit(t: Training, state: TrainState) -> TrainState:
                 t.checkpointer.finish(state)
                 return state
             if t.checkpointer.due(state, improved=improved):
-                _start_save(t, state)
+                t.checkpointer.start(state)
             state = _train_step(t, state)
     except Preempted:
         if state.step > 0:
@@ -242,9 +242,3 @@ def _evaluate(t: Training, state: TrainState) -> TrainState:
     if state.step > 0 and (state.best_loss is None or loss < state.best_loss):
         state = replace(state, best_step=state.step, best_loss=loss)
     return state
-
-
-def _start_save(t: Training, state: TrainState) -> None:
-    begin = time.perf_counter()
-    t.checkpointer.start(state)
-    t.metrics.write("save", step=state.step, stall_s=time.perf_counter() - begin)

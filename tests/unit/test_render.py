@@ -114,7 +114,7 @@ def test_another_spec_is_refused_key_by_key(tmp_path):
     with pytest.raises(RunDirError) as error:
         write_run_dir(other, other_spec)
     assert "optimizer.lr: was 0.0002, is 0.001" in str(error.value)
-    assert "seed: 0 there, 4 asked for" in str(error.value)
+    assert "seed: was 0, is 4" in str(error.value)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
