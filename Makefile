@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity gpu-line gpu-test clean
+.PHONY: setup check format test docs demo fidelity gpu-line gpu-exact gpu-test clean
 
 setup: $(VENV)/.ready
 
@@ -53,6 +53,10 @@ fidelity: $(READY)
 gpu-line:
 	$(PYTHON) tools/need.py gpu
 	$(PYTHON) bench/gpu_line.py
+
+gpu-exact:
+	$(PYTHON) tools/need.py gpu
+	$(PYTHON) bench/gpu_exact.py $(ARGS)
 
 gpu-test:
 	$(PYTHON) tools/need.py gpu-test

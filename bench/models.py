@@ -5,24 +5,29 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_dist.shapes import SHAPES
 
 CORPUS = Path(__file__).parent.parent / "demo" / "corpus.txt"
 
 
-def make_model(folder: Path, shape_name: str, *, num_layers: int | None = None) -> Path:
+def make_model(
+    folder: Path, shape_name: str, *, num_layers: int | None = None, tokenizer: Path | None = None
+) -> Path:
     """Write a LLaMA of a known shape with random weights in bf16, and a tokenizer; returns it.
 
     Args:
         folder: Where.
         shape_name: A name in ``qlora_dist.shapes.SHAPES``.
         num_layers: Another number of layers than the shape's.
+        tokenizer: Folder of a real tokenizer, whose vocabulary the model then has; else a small one
+            is trained.
     """
     shape = SHAPES[shape_name]
+    real = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None
     config = LlamaConfig(
-        vocab_size=shape.vocab_size,
+        vocab_size=len(real) if real else shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=num_layers or shape.num_layers,
@@ -40,6 +45,11 @@ def make_model(folder: Path, shape_name: str, *, num_layers: int | None = None) 
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    (real or _small_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def _small_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,10 +60,9 @@ def make_model(folder: Path, shape_name: str, *, num_layers: int | None = None) 
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS.read_text(encoding="utf-8").splitlines(), trainer)
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
+    )
 
 
 def make_rows(path: Path, *, num_rows: int, lines_per_row: int) -> Path:
