@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity gpu-line gpu-exact gpu-test clean
+.PHONY: setup check format test docs demo fidelity faults gpu-line gpu-exact gpu-test clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,11 @@ demo: $(READY)
 fidelity: $(READY)
 	$(PYTHON) demo/model.py .cache/smollm2-135m-instruct
 	$(PYTHON) bench/fidelity.py --model .cache/smollm2-135m-instruct
+
+SEED ?= 0
+RANDOM ?= 0
+faults: $(READY)
+	$(PYTHON) bench/faults.py --seed $(SEED) --random $(RANDOM)
 
 gpu-line:
 	$(PYTHON) tools/need.py gpu
