@@ -193,9 +193,11 @@ def start(tmp_path):
 def stop(tmp_path):
     """Start ``qlora resume RUN`` and send a signal at a line of its metrics."""
 
-    def go(verb, run, *, count, number=signal.SIGTERM):
+    def go(verb, run, *overrides, count, number=signal.SIGTERM):
         metrics = run / "metrics.jsonl"
-        return stop_qlora(tmp_path, verb, run, lines_of=metrics, count=count, number=number)
+        return stop_qlora(
+            tmp_path, verb, run, *overrides, lines_of=metrics, count=count, number=number
+        )
 
     return go
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qlora_dist.data.store import (
     open_store,
 )
 from qlora_dist.data.tokenizer import load_tokenizer, tokenizer_sha256
-from qlora_dist.data.tokens import tokenize
+from qlora_dist.data.tokens import Sample, tokenize
 from qlora_dist.errors import DataError
 from qlora_dist.files import remove_tree
 from qlora_dist.layout import RunDir, corpora_dir
@@ -141,9 +142,16 @@ class _Builder:
         data = self._spec.data
         sources = [read_rows(dataset, self._spec.model.token_file) for dataset in data.datasets]
         total = sum(len(rows) for rows in sources)
-        for dataset, rows in zip(data.datasets, sources, strict=True):
-            for batch in self._example_batches(dataset, rows, total):
-                self._add(dataset, batch)
+        # A batch is tokenised, without Python's lock, while the next is read and the last written.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting: deque[tuple[int, Future[list[Sample | None]]]] = deque()
+            for dataset, rows in zip(data.datasets, sources, strict=True):
+                for batch in self._example_batches(dataset, rows, total):
+                    waiting.append((dataset.weight, pool.submit(self._tokenize, dataset, batch)))
+                    if len(waiting) > 1:
+                        self._add(*waiting.popleft())
+            while waiting:
+                self._add(*waiting.popleft())
         arrays = self._split()
         if data.packing:
             lengths = self._writer.lengths[arrays["train"]]
@@ -188,21 +196,23 @@ class _Builder:
             yield batch
         self._on_rows(self._num_rows, total)
 
-    def _add(self, dataset: DatasetSection, batch: list[Example]) -> None:
-        samples = tokenize(
+    def _tokenize(self, dataset: DatasetSection, batch: list[Example]) -> list[Sample | None]:
+        return tokenize(
             batch,
             self._tokenizer,
             self._spec.data,
             template=template_of(dataset),
             learn=learn_of(dataset),
         )
-        for sample in samples:
+
+    def _add(self, weight: int, tokenised: Future[list[Sample | None]]) -> None:
+        for sample in tokenised.result():
             if sample is None:
                 self._dropped[_NO_ROOM] += 1
             else:
                 self._writer.add(sample)
                 self._examples.append(self._num_examples)
-                self._weights.append(dataset.weight)
+                self._weights.append(weight)
             self._num_examples += 1
 
     def _split(self) -> dict[str, npt.NDArray[np.int64]]:

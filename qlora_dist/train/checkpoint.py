@@ -36,8 +36,8 @@ from qlora_dist.spec import RunSpec
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.generators import get_rng, seed_rng, set_rng
 from qlora_dist.train.log import Metrics
-from qlora_dist.train.optimizer import moments, set_moments
-from qlora_dist.train.snapshot import Snapshot
+from qlora_dist.train.optimizer import moment_bytes, moments, set_moments
+from qlora_dist.train.snapshot import ALIGNMENT, Snapshot
 from qlora_dist.train.tensor_file import Entry, write_tensors
 from qlora_dist.train.world import World
 
@@ -142,6 +142,17 @@ class Checkpointer:
         self._save: _Save | None = None
         self._tried = self._committed = TrainState()
         self._retry_step, self._backoff = 0, 1
+
+    def prepare(self) -> None:
+        """Take the memory for copies before training, where nobody waits for it."""
+        if self._world.rank != 0:
+            return
+        size = 0
+        for parameter in self._parameters.values():
+            size += parameter.nbytes + moment_bytes(self._spec.optimizer, parameter)
+            # The parameter, and at most two moments with their constants.
+            size += 5 * ALIGNMENT
+        self._snapshot.reserve(size, page_locked=self._world.device.type == "cuda")
 
     def due(self, state: TrainState, *, improved: bool) -> bool:
         """Whether to save between these two steps; the same on every rank."""

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import CheckpointError
+from qlora_dist.memory import OPTIMIZER_BLOCK
 from qlora_dist.plan import Length
 from qlora_dist.spec import OptimizerSection, ScheduleSection
 
 # What of each library's state is saved; the rest follows from the step, or is a constant. The 8-bit
-# kinds keep the moments of small parameters in 32 bits, without absmax.
+# kinds keep the moments of parameters of fewer elements in 32 bits, without absmax.
+_MIN_8BIT_SIZE = 4096
 _TORCH = ("exp_avg", "exp_avg_sq")
 _BITSANDBYTES = ("state1", "state2", "absmax1", "absmax2")
 
@@ -49,6 +51,15 @@ def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
         for name, parameter in parameters.items()
         for moment, tensor in _state_tensors(optimizer, parameter)
     }
+
+
+def moment_bytes(section: OptimizerSection, parameter: nn.Parameter) -> int:
+    """Bytes that a parameter's moments will take, once the optimizer has made them."""
+    if section.kind == "adamw":
+        return 2 * parameter.nbytes
+    if section.kind == "paged_adamw_32bit" or parameter.numel() < _MIN_8BIT_SIZE:
+        return 8 * parameter.numel()
+    return 2 * parameter.numel() + 2 * 4 * math.ceil(parameter.numel() / OPTIMIZER_BLOCK)
 
 
 def set_moments(

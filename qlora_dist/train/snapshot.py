@@ -1,21 +1,40 @@
 """Copies of a run's tensors in host memory: all of a save that training waits for."""
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+# Every tensor begins where any dtype may.
+ALIGNMENT = 64
+
 
 class Snapshot:
     """Host memory that tensors are copied into, save after save.
 
-    For tensors on a GPU it is page-locked, so that the copy runs at the speed of the bus, and
-    taken in one piece of exactly the size needed: torch's own allocator would round it up to a
-    power of two. It grows if the tensors do.
+    For tensors on a GPU it is page-locked, so that the copy runs at the speed of the bus, and taken
+    in one piece of the size needed: torch's own allocator would round it up to a power of two.
+    Locking takes half a second a GiB, and is done once, before training.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unlock: Any = None
+
+    def reserve(self, size: int, *, page_locked: bool) -> None:
+        """Have room for so many bytes; what was copied before is lost if more is needed."""
+        if size <= self._memory.nbytes:
+            return
+        if self._unlock is not None:
+            self._unlock()
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if page_locked:
+            address = self._memory.data_ptr()
+            _check(_cudart().cudaHostRegister(address, size, 0))
+            # Memory that is given back while it is locked breaks later allocations at its address.
+            self._unlock = weakref.finalize(self, _cudart().cudaHostUnregister, address)
+            self._unlock.atexit = False
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy tensors.
@@ -26,9 +45,9 @@ class Snapshot:
         Returns:
             CPU tensors with their values, good until the next call.
         """
-        sizes = {name: _aligned(tensor.nbytes) for name, tensor in tensors.items()}
+        sizes = {name: -(-t.nbytes // ALIGNMENT) * ALIGNMENT for name, t in tensors.items()}
         on_gpu = any(tensor.device.type == "cuda" for tensor in tensors.values())
-        self._reserve(sum(sizes.values()), page_locked=on_gpu)
+        self.reserve(sum(sizes.values()), page_locked=on_gpu)
         copies, offset = {}, 0
         for name, tensor in tensors.items():
             flat = self._memory[offset : offset + tensor.nbytes]
@@ -39,20 +58,6 @@ class Snapshot:
             torch.cuda.synchronize()
         return copies
 
-    def _reserve(self, size: int, *, page_locked: bool) -> None:
-        if size <= self._memory.nbytes:
-            return
-        if self._memory.nbytes and page_locked:
-            _check(_cudart().cudaHostUnregister(self._memory.data_ptr()))
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        if page_locked:
-            _check(_cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
-
-
-def _aligned(size: int) -> int:
-    """Rounded up so that every tensor begins where any dtype may."""
-    return -(-size // 64) * 64
-
 
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -60,4 +65,4 @@ def _cudart() -> Any:
 
 def _check(code: object) -> None:
     if int(code) != 0:  # type: ignore[call-overload]
-        raise RuntimeError(f"CUDA could not lock or unlock host memory: {code}")
+        raise RuntimeError(f"CUDA could not lock host memory: {code}")

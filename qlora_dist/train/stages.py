@@ -120,6 +120,7 @@ def _train(
     if checkpoint is not None:
         state = checkpointer.restore(checkpoint)
         log.say(f"resumed after step {state.step} from {checkpoint.path.name}")
+    checkpointer.prepare()
     _check_steps(length, state)
     strategy.prepare(parameters)
     metrics.cut(state.metrics_bytes)
