@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity faults gpu-line gpu-exact gpu-test clean
+.PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test clean
 
 setup: $(VENV)/.ready
 
@@ -52,8 +52,16 @@ fidelity: $(READY)
 
 SEED ?= 0
 RANDOM ?= 0
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --group bench
+	touch $@
+
 faults: $(READY)
 	$(PYTHON) bench/faults.py --seed $(SEED) --random $(RANDOM)
+
+bench-data: $(READY) $(READY:.ready=.ready-bench)
+	$(PYTHON) demo/model.py .cache/smollm2-135m-instruct
+	$(PYTHON) bench/data.py
 
 gpu-line:
 	$(PYTHON) tools/need.py gpu
