@@ -111,7 +111,7 @@ class Faults:
         for attempt, row in enumerate(rows):
             done = steps[attempt] if codes[attempt] else 0
             lost.append(max(0, done - resumed.get(attempt + 1, 0)))
-            allowed.append(0 if row.kind == "sigterm" else done - second_newest_save(done))
+            allowed.append(0 if row.kind == "sigterm" else done - surely_saved(done))
         different = ["did not finish"] if code else differences(self.whole(processes), run)
         line = "  ".join(
             [
@@ -198,10 +198,13 @@ def num_steps(run):
     return 0
 
 
-def second_newest_save(steps):
-    """The save before the last that was begun, which may not have been over."""
-    begun = [s for s in range(1, steps + 1) if s % SAVE_EVERY == 0 or s % EVALUATE_EVERY == 0]
-    return begun[-2] if len(begun) > 1 else 0
+def surely_saved(steps):
+    """The newest step that must have been committed when so many steps were complete.
+
+    The newest save that was due may still wait for the one before it, which may still be written.
+    """
+    due = [s for s in range(1, steps + 1) if s % SAVE_EVERY == 0 or s % EVALUATE_EVERY == 0]
+    return due[-3] if len(due) > 2 else 0
 
 
 def resume_points(run):

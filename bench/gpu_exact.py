@@ -28,12 +28,13 @@ from qlora_dist.shapes import SHAPES
 from qlora_dist.spec_file import load_spec
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.batch import make_batch
-from qlora_dist.train.checkpoint import Checkpointer, TrainState
+from qlora_dist.train.checkpoint import Part, TrainState
 from qlora_dist.train.compare import differences, records
 from qlora_dist.train.load import load_base
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import make_optimizer
+from qlora_dist.train.saver import Saver
 from qlora_dist.train.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,8 @@ def save_table(folder, shape_name):
             parameter.grad = None
         said = []
         metrics = Metrics(run.metrics, world, 0)
-        saver = Checkpointer(run, spec, world, parameters, optimizer, [], "", metrics, said.append)
+        part = Part(run, spec, world, parameters, optimizer, [], "", said.append)
+        saver = Saver(part, metrics, TrainState())
         begin = time.monotonic()
         saver.prepare()
         prepared = time.monotonic() - begin
@@ -106,7 +108,7 @@ def save_table(folder, shape_name):
             f"{waits[0]:>8.2f}  {waits[1]:>8.2f}  {written:>9}  {meanwhile / alone:>14.0%}",
             flush=True,
         )
-        del optimizer, parameters, saver
+        del optimizer, parameters, part, saver
 
 
 def packing_table(folder, args):

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,27 @@ def begin(checkpoints: Path, step: int) -> Path:
     return partial
 
 
+@dataclass(frozen=True)
+class Written:
+    """A file of a checkpoint, as its writer knows it."""
+
+    bytes: int
+    sha256: str
+
+
+def describe(partial: Path) -> dict[str, Written]:
+    """Files of a folder by name, read back from the disk and made durable."""
+    files = {}
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            fsync_file(path)
+            name = path.relative_to(partial).as_posix()
+            files[name] = Written(path.stat().st_size, sha256_file(path))
+    return files
+
+
 def commit(
-    partial: Path, *, step: int, facts: Mapping[str, Any], known: Mapping[str, str] | None = None
+    partial: Path, *, step: int, facts: Mapping[str, Any], files: Mapping[str, Written]
 ) -> Path:
     """Write the manifest and give the folder its final name.
 
@@ -72,25 +91,23 @@ def commit(
         partial: Folder that every rank has finished writing into.
         step: Steps that are complete.
         facts: What else the manifest says: spec_sha256, world_size, versions, ...
-        known: SHA-256 of files that were hashed, and made durable, as they were written.
+        files: What the ranks have written, by name in the folder, and made durable. Not a listing:
+            a shared file system may show this node another node's files late.
 
     Raises:
         OSError: The storage refused; the folder is still a partial one.
     """
-    files = {}
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(partial).as_posix()
-            sha256 = (known or {}).get(name)
-            if sha256 is None:
-                fsync_file(path)
-                sha256 = sha256_file(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
     fsync_dir(partial / "rng")
     faults.reach("save-manifest")
     write_json(
         partial / MANIFEST,
-        {"format": FORMAT, "step": step, "committed_at": time.time(), **facts, "files": files},
+        {
+            "format": FORMAT,
+            "step": step,
+            "committed_at": time.time(),
+            **facts,
+            "files": {name: asdict(file) for name, file in sorted(files.items())},
+        },
     )
     final = final_path(partial.parent, step)
     faults.reach("save-rename")

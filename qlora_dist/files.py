@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# What one node has made, others see after their caches have run out (NFS: 60 s at most).
+SEEN_WITHIN_S = 90.0
+
 
 def fsync_dir(path: Path) -> None:
     """Make the names in a folder durable."""

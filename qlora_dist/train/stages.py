@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from qlora_dist.data.store import Store, open_store
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.engine_config import check_files
 from qlora_dist.errors import CheckpointError, PlanError, QLoRAError, RunDirError
-from qlora_dist.files import wait_for
+from qlora_dist.files import SEEN_WITHIN_S, wait_for
 from qlora_dist.layout import RunDir, corpora_dir, open_run
 from qlora_dist.plan import Length, Plan, attention_of, make_plan, plan_length
 from qlora_dist.spec import RunSpec
 from qlora_dist.train.adapters import add_adapter, target_modules, trainable
 from qlora_dist.train.attention import VARLEN
-from qlora_dist.train.checkpoint import Checkpointer, TrainState
+from qlora_dist.train.checkpoint import Part, TrainState, restore
 from qlora_dist.train.consolidate import consolidate
 from qlora_dist.train.generators import seed_rng
 from qlora_dist.train.load import check_shape, linear_layers, load_base
@@ -32,13 +33,11 @@ from qlora_dist.train.log import EverySoOften, Metrics, RunLog
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.saver import Saver
 from qlora_dist.train.stopwatch import Stopwatch
 from qlora_dist.train.strategy import STRATEGIES, Gradients
 from qlora_dist.train.trainer import Training, fit
 from qlora_dist.train.world import World
-
-# What one node has renamed, others see after their caches have run out (NFS: 60 s at most).
-_VISIBLE_S = 90.0
 
 
 @dataclass
@@ -112,18 +111,17 @@ def _train(
     strategy = STRATEGIES[spec.strategy.kind](world)
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, parameters)
-    metrics = Metrics(run.metrics, world, progress.attempt)
-    checkpointer = Checkpointer(
-        run, spec, world, parameters, optimizer, targets, corpus.store.sha256, metrics, log.say
-    )
+    part = Part(run, spec, world, parameters, optimizer, targets, corpus.store.sha256, log.say)
     state = TrainState()
     if checkpoint is not None:
-        state = checkpointer.restore(checkpoint)
+        state = restore(part, checkpoint)
         log.say(f"resumed after step {state.step} from {checkpoint.path.name}")
-    checkpointer.prepare()
     _check_steps(length, state)
     strategy.prepare(parameters)
+    metrics = Metrics(run.metrics, world, progress.attempt)
     metrics.cut(state.metrics_bytes)
+    saver = Saver(part, metrics, state)
+    saver.prepare()
     autocast, track, finish_tracking = _accelerate(run, plan, world, state)
 
     training = Training(
@@ -141,7 +139,7 @@ def _train(
         strategy=strategy,
         gradients=gradients,
         autocast=autocast,
-        checkpointer=checkpointer,
+        saver=saver,
         metrics=metrics,
         track=track,
         say=log.say,
@@ -153,7 +151,7 @@ def _train(
         end = fit(training, state)
     finally:
         progress.step = training.step
-        checkpointer.close()
+        saver.close()
         finish_tracking()
     # A run that was finished already keeps the adapter that it has, which may be a chosen one.
     if world.rank == 0 and (end.step > state.step or not run.adapter.exists()):
@@ -215,6 +213,7 @@ def _resume_point(run: RunDir, world: World, log: RunLog) -> Checkpoint | None:
     if "path" not in told:
         return None
     # Rank 0 has read every byte; the others need the manifest only.
+    wait_for(Path(told["path"]), SEEN_WITHIN_S)
     return checkpoints.read_manifest(told["path"])
 
 
@@ -238,7 +237,7 @@ def _open_store(run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log
         return store.path.name
 
     path = folder / world.on_rank_0("data", work, stop.here)
-    wait_for(path, _VISIBLE_S)
+    wait_for(path, SEEN_WITHIN_S)
     return open_store(path, verify=False)
 
 

@@ -60,6 +60,8 @@ def write_tensors(
 ) -> str:
     """Write a safetensors file, durably.
 
+    The folder's own entry for it is not made durable.
+
     Args:
         path: The file; replaced if it is there.
         entries: Tensors by name, written in this order; each is made once.

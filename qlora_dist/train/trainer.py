@@ -18,13 +18,14 @@ from qlora_dist.data.schedule import SampleSchedule, shard
 from qlora_dist.errors import DivergedError
 from qlora_dist.plan import Length, Plan
 from qlora_dist.train.batch import make_batch
-from qlora_dist.train.checkpoint import Checkpointer, TrainState
+from qlora_dist.train.checkpoint import TrainState
 from qlora_dist.train.evaluate import evaluation_loss
 from qlora_dist.train.generators import get_rng, set_rng
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import learning_rate
 from qlora_dist.train.preempt import Preempted
+from qlora_dist.train.saver import Saver
 from qlora_dist.train.strategy import Gradients, Strategy
 from qlora_dist.train.world import World
 
@@ -59,7 +60,7 @@ class Training:
     strategy: Strategy
     gradients: Gradients
     autocast: Callable[[], AbstractContextManager[Any]]
-    checkpointer: Checkpointer
+    saver: Saver
     metrics: Metrics
     track: Callable[[dict[str, float], int], None]
     say: Callable[[str], None]
@@ -84,21 +85,21 @@ def fit(t: Training, state: TrainState) -> TrainState:
     try:
         while True:
             t.step = state.step
-            t.checkpointer.poll()
+            t.saver.poll()
             last = state.step >= t.length.steps
             improved = False
             if _evaluation_due(t, state, last=last):
                 state = _evaluate(t, state)
                 improved = state.best_step == state.step
             if last:
-                t.checkpointer.finish(state)
+                t.saver.finish(state)
                 return state
-            if t.checkpointer.due(state, improved=improved):
-                t.checkpointer.start(state)
+            if t.saver.due(state, improved=improved):
+                t.saver.start(state)
             state = _train_step(t, state)
     except Preempted:
         if state.step > 0:
-            t.checkpointer.finish(state)
+            t.saver.finish(state)
         raise
 
 

@@ -110,6 +110,21 @@ class World:
         dist.all_gather(everyone, mine, group=self._control)
         return [part.tolist() for part in everyone]
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """A JSON value of every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        lengths = [int(length) for (length,) in self.gather([float(len(data))])]
+        mine = torch.zeros(max(lengths), dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self._control)
+        return [
+            json.loads(bytes(part[:length].numpy()).decode())
+            for part, length in zip(everyone, lengths, strict=True)
+        ]
+
     def from_rank_0(self, value: Any) -> Any:
         """What rank 0 passes; the others' argument is ignored. Any JSON value."""
         return self._broadcast(value, source=0)

@@ -56,9 +56,11 @@ def test_the_resume_check_sees_a_part_that_was_lost(whole_run, half_run, qlora, 
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").unlink()
     drop(path)
+    partial = path.rename(path.with_name(path.name + ".partial"))
     checkpoints.commit(
-        path.rename(path.with_name(path.name + ".partial")),
+        partial,
         step=manifest["step"],
+        files=checkpoints.describe(partial),
         facts={
             name: manifest[name]
             for name in ("spec_sha256", "corpus_sha256", "world_size", "device", "versions")
@@ -154,7 +156,8 @@ def test_a_stop_during_the_last_evaluation_is_made_good_at_the_resume(
     (path / "state.json").write_text(json.dumps(state))
     del manifest["files"]
     partial = path.rename(path.with_name(path.name + ".partial"))
-    checkpoints.commit(partial, step=manifest.pop("step"), facts=manifest)
+    files = checkpoints.describe(partial)
+    checkpoints.commit(partial, step=manifest.pop("step"), facts=manifest, files=files)
     qlora("resume", run.root)
     assert differences(whole_run, run) == []
 

@@ -12,7 +12,9 @@ def make(folder, step, text="weights"):
     partial = checkpoints.begin(folder, step)
     (partial / "adapter.safetensors").write_text(text)
     (partial / "rng" / "00000.safetensors").write_text("rng")
-    return checkpoints.commit(partial, step=step, facts={"world_size": 1})
+    return checkpoints.commit(
+        partial, step=step, facts={"world_size": 1}, files=checkpoints.describe(partial)
+    )
 
 
 def test_a_committed_checkpoint_opens_and_knows_its_files(tmp_path):
