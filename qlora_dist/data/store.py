@@ -20,6 +20,7 @@ writer, see all of it or nothing.
 
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def _map(file: Path, name: str, size: int) -> npt.NDArray[Any]:
 
 
 class StoreWriter:
-    """Writes a store, sample by sample; the memory that it takes does not grow with the tokens.
+    """Writes a store, sample by sample, so that a corpus may be larger than memory.
 
     Use as a context manager: what was not finished is removed.
 
@@ -133,9 +134,8 @@ class StoreWriter:
         write_json(self._partial / _OWNER, asdict(me))
         self._tokens = (self._partial / "tokens.bin").open("wb")
         self._learned = (self._partial / "learned.bin").open("wb")
-        self._lengths: list[int] = []
-        self._cuts: list[tuple[int, int]] = []
-        self._targets: list[int] = []
+        # What is kept of a sample in memory: 20 bytes, whatever its length.
+        self._lengths, self._cuts, self._targets = array("i"), array("i"), array("i")
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -155,7 +155,7 @@ class StoreWriter:
         self._tokens.write(sample.ids.astype("<i4", copy=False).tobytes())
         self._learned.write(sample.learned.tobytes())
         self._lengths.append(len(sample.ids))
-        self._cuts.append((sample.source_cut, sample.target_cut))
+        self._cuts.extend((sample.source_cut, sample.target_cut))
         self._targets.append(sample.num_targets)
 
     @property

@@ -4,18 +4,17 @@ import contextlib
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from qlora_dist import checkpoints, faults
 from qlora_dist.checkpoints import Checkpoint
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import CheckpointError, ModelError, RunDirError, UserError
-from qlora_dist.files import fsync_file, remove_tree, replace_dir, write_json
+from qlora_dist.files import remove_tree, replace_dir, write_json
 from qlora_dist.layout import RunDir
 from qlora_dist.spec import RunSpec
 from qlora_dist.train.checkpoint import ADAPTER, STATE
+from qlora_dist.train.tensor_file import Entry, write_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -43,9 +42,8 @@ def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
         faults.reach("consolidation")
         _write_config(checkpoint, spec, new)
         with safe_open(checkpoint.path / ADAPTER, "pt") as file:
-            weights: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        save_file(weights, new / PEFT_WEIGHTS, metadata={"format": "pt"})
-        fsync_file(new / PEFT_WEIGHTS)
+            entries = {key: Entry.in_file(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            write_tensors(new / PEFT_WEIGHTS, entries, metadata={"format": "pt"})
         # As PEFT's users expect; the adapter is whole without it, where the base is not at hand.
         with contextlib.suppress(ModelError):
             load_tokenizer(spec).save_pretrained(new)

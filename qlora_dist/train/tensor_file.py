@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,13 @@ class Entry:
     def of(cls, tensor: torch.Tensor) -> "Entry":
         """An entry for a tensor that is there already."""
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @classmethod
+    def in_file(cls, file: Any, name: str) -> "Entry":
+        """An entry for a tensor of an open safetensors file, read when its turn comes."""
+        part = file.get_slice(name)
+        dtype, shape = DTYPES[part.get_dtype()], tuple(part.get_shape())
+        return cls(dtype, shape, lambda: file.get_tensor(name))
 
 
 def write_tensors(
