@@ -173,8 +173,8 @@ class StoreWriter:
             "targets": np.array(self._targets, np.int32),
             **arrays,
         }
-        for name, array in own.items():
-            array.astype(_DTYPES[name]).tofile(self._partial / f"{name}.bin")
+        for name, values in own.items():
+            values.astype(_DTYPES[name]).tofile(self._partial / f"{name}.bin")
         files = {}
         for name in ("tokens", "learned", *own):
             file = self._partial / f"{name}.bin"
