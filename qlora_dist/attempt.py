@@ -1,7 +1,8 @@
 """Who has a run now, and which attempt it is.
 
 ``owner.json`` keeps a second launcher out. It is stale when its process is gone (host, boot, pid
-and start time tell), together with every rank of its last attempt; never by age.
+and start time tell) or its job is over (the scheduler tells), together with every rank of its last
+attempt; never by age.
 """
 
 import contextlib
@@ -20,14 +21,19 @@ from qlora_dist.errors import RunDirError
 from qlora_dist.files import fsync_dir, write_json
 from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.process import Process
+from qlora_dist.scheduler import SlurmJob
 
 # Ranks whose launcher was killed notice at once, save and go; this is how long a successor waits.
 ORPHAN_WAIT_S = 60.0
 
 
 @contextmanager
-def own(run: RunDir) -> Iterator[int]:
+def own(run: RunDir, job: SlurmJob | None = None) -> Iterator[int]:
     """Have the run for the length of a ``with`` block, as its next attempt.
+
+    Args:
+        run: The run directory.
+        job: The job that has it; None for this process.
 
     Yields:
         The attempt's number.
@@ -35,16 +41,16 @@ def own(run: RunDir) -> Iterator[int]:
     Raises:
         RunDirError: Another launcher has it, or may have it.
     """
-    me = Process.this()
+    me = asdict(job or Process.this())
     with _exclusive(run):
-        _refuse_if_owned(run)
+        _refuse_if_owned(run, job)
         _wait_for_orphans(run)
-        write_json(run.owner_json, asdict(me))
+        write_json(run.owner_json, me)
     try:
         yield _new_attempt(run, me)
     finally:
         with _exclusive(run):
-            if _read(run.owner_json) == asdict(me):
+            if _read(run.owner_json) == me:
                 run.owner_json.unlink()
 
 
@@ -74,14 +80,22 @@ def _exclusive(run: RunDir) -> Iterator[None]:
         yield
 
 
-def _refuse_if_owned(run: RunDir) -> None:
+def _refuse_if_owned(run: RunDir, job: SlurmJob | None = None) -> None:
     tree = _read(run.owner_json)
     if tree is None:
         return
     try:
-        owner = Process(**tree)
+        owner: SlurmJob | Process = SlurmJob(**tree) if "job" in tree else Process(**tree)
     except TypeError:
         raise RunDirError(f"{run.owner_json} is damaged; if no launcher runs, remove it") from None
+    if isinstance(owner, SlurmJob):
+        # A job that was requeued comes back to what its last execution left.
+        if (job is None or owner.job != job.job) and not owner.is_gone():
+            raise RunDirError(
+                f"{run.root} is already being run by job {owner.job}; wait for it, or end it with: "
+                f"scancel {owner.job}"
+            )
+        return
     gone = owner.is_gone()
     if gone is None:
         raise RunDirError(
@@ -130,7 +144,7 @@ def _live_ranks(folder: Path) -> list[Process]:
     return alive
 
 
-def _new_attempt(run: RunDir, me: Process) -> int:
+def _new_attempt(run: RunDir, me: dict[str, Any]) -> int:
     newest = newest_attempt(run)
     number = 0 if newest is None else newest + 1
     folder = run.attempt(number)
@@ -138,7 +152,7 @@ def _new_attempt(run: RunDir, me: Process) -> int:
         part.mkdir(mode=0o700, parents=True)
     write_json(
         folder / "attempt.json",
-        {"attempt": number, "started_at": time.time(), "launcher": asdict(me)},
+        {"attempt": number, "started_at": time.time(), "launcher": me},
     )
     fsync_dir(run.attempts)
     return number

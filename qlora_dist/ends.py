@@ -73,6 +73,18 @@ def read_rank_ends(folder: Path, *, world_size: int) -> list[RankEnd]:
     return ends
 
 
+def all_ended(folder: Path, *, world_size: int) -> bool:
+    """Whether every rank has said how it ended."""
+    for rank in range(world_size):
+        try:
+            text = (folder / f"{rank:05d}.json").read_text(encoding="utf-8")
+        except OSError:
+            return False
+        if '"code"' not in text:
+            return False
+    return True
+
+
 def worst(ends: Sequence[RankEnd]) -> RankEnd:
     """The end that decides for all: the worst code, and of those the earliest."""
 

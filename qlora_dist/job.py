@@ -7,19 +7,17 @@ A second signal is passed on to torchrun, a third kills it and every rank.
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from qlora_dist.attempt import kill_ranks, own
 from qlora_dist.console import Console
 from qlora_dist.ends import RankEnd, read_rank_ends, worst
 from qlora_dist.layout import RunDir
-from qlora_dist.process import die_with_parent
+from qlora_dist.torchrun import ALONE, start_torchrun
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Ranks whose torchrun is gone notice at their next micro-batch, save and end; then they are killed.
@@ -42,7 +40,7 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
     with own(run) as attempt:
-        process = _start(run, attempt, command["args"], command["env"])
+        process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt), {})
         with (
             _Stops(run, attempt, process) as stops,
             Console(run, attempt, say, bar=progress) as console,
@@ -56,23 +54,6 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
         kill_ranks(run, attempt, after_s=_LAST_SAVE_S)
         ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=command["world_size"])
         return worst(ends)
-
-
-def _start(
-    run: RunDir, attempt: int, args: Sequence[str], env: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    """Start torchrun in a session of its own: a terminal's Ctrl-C is for the launcher."""
-    log = run.launcher_log(attempt).open("wb")
-    with log:
-        return subprocess.Popen(
-            [sys.executable, *args, str(run.root)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-            env=os.environ | dict(env) | {"QLORA_ATTEMPT": str(attempt)},
-        )
 
 
 class _Stops:

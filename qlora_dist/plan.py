@@ -17,7 +17,7 @@ from qlora_dist.spec import RunSpec
 
 # Strategies and backends that a run may use today; the rest are planned and rendered only.
 RUNNABLE_STRATEGIES = ("single", "ddp")
-RUNNABLE_BACKENDS = ("local",)
+RUNNABLE_BACKENDS = ("local", "slurm")
 
 
 @dataclass(frozen=True)

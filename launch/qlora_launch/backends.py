@@ -2,20 +2,29 @@
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError
 from qlora_dist.layout import RunDir
+from qlora_dist.plan import Plan
 
-BACKENDS: dict[str, str] = {"local": "qlora_launch.local:LocalBackend"}
+BACKENDS: dict[str, str] = {
+    "local": "qlora_launch.local:LocalBackend",
+    "slurm": "qlora_slurm.submit:SlurmBackend",
+}
 
 
 class Backend(Protocol):
     """Starts attempts of a run."""
 
-    def submit(self, run: RunDir, *, say: Callable[[str], None]) -> RankEnd:
-        """Start the next attempt; a local one is followed to its end."""
+    def files(self, plan: Plan, run_dir: Path) -> dict[str, str]:
+        """What the run directory holds for this backend alone, by name."""
+        ...
+
+    def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
+        """Start the next attempt; a local one is followed to its end, a queued one gives None."""
         ...
 
 

@@ -14,7 +14,7 @@ from qlora_dist import __version__
 if TYPE_CHECKING:
     from qlora_dist.ends import RankEnd
     from qlora_dist.layout import RunDir
-    from qlora_dist.plan import CorpusFacts
+    from qlora_dist.plan import CorpusFacts, Plan
     from qlora_dist.spec import RunSpec
 
 _INTRO = """\
@@ -102,6 +102,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the run directory and stop; start it with qlora resume or accelerate launch",
     )
+
+    submit = verb("submit", _submit, "the same as a Slurm job: run with resources.backend=slurm")
+    _config_arguments(submit)
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
+    submit.set_defaults(prepare=False)
 
     resume = verb("resume", _resume, "go on with a run from its last committed step")
     _run_argument(resume)
@@ -275,7 +280,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.prepare:
         _say(f"{run.root} is written; start it with: qlora resume {run.root}")
         return 0
-    return _start(run, spec)
+    return _start(run, plan)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    args.overrides = [*args.overrides, "resources.backend=slurm"]
+    return _run(args)
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -293,21 +303,24 @@ def _resume(args: argparse.Namespace) -> int:
         tree = before.model_dump(mode="json")
         spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
         check_change(before, spec)
-    bundle = render(make_plan(spec.model_copy(update={"run_dir": str(run.root)})))
+    plan = make_plan(spec.model_copy(update={"run_dir": str(run.root)}))
+    bundle = render(plan)
     if args.dry_run:
         print(bundle_text(bundle))
         return 0
     if spec != before:
         change_run_dir(run, bundle)
-    return _start(run, spec)
+    return _start(run, plan)
 
 
-def _start(run: "RunDir", spec: "RunSpec") -> int:
+def _start(run: "RunDir", plan: "Plan") -> int:
     from qlora_dist.ends import DONE, PREEMPTED
     from qlora_launch.backends import get_backend
 
     _say(f"run directory: {run.root}")
-    end = get_backend(spec.resources.backend).submit(run, say=_say)
+    end = get_backend(plan.spec.resources.backend).submit(run, plan, say=_say)
+    if end is None:
+        return DONE
     if end.code == DONE:
         _say(f"done: {end.cause}")
     elif end.code == PREEMPTED:

@@ -2,15 +2,21 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from qlora_dist.ends import RankEnd
 from qlora_dist.job import run_attempt
 from qlora_dist.layout import RunDir
+from qlora_dist.plan import Plan
 
 
 class LocalBackend:
     """torchrun on this machine."""
 
-    def submit(self, run: RunDir, *, say: Callable[[str], None]) -> RankEnd:
+    def files(self, plan: Plan, run_dir: Path) -> dict[str, str]:
+        """None: torchrun is started directly."""
+        return {}
+
+    def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd:
         """Run the next attempt to its end, a progress bar on a terminal, plain lines elsewhere."""
         return run_attempt(run, say=say, progress=sys.stderr.isatty())

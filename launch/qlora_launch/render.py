@@ -4,7 +4,6 @@
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from qlora_dist import __version__
 from qlora_dist.engine_config import accelerate_config, deepspeed_config
 from qlora_dist.layout import run_dir_of
 from qlora_dist.plan import Plan
+from qlora_dist.torchrun import ALONE, torchrun_argv
+from qlora_launch.backends import BACKENDS, get_backend
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def render(plan: Plan) -> Bundle:
     """Put a plan into files and a command; touches nothing."""
     spec = plan.spec
     run_dir = run_dir_of(spec)
-    args = torchrun_args(plan)
+    options = torchrun_options(plan)
     env = process_env(plan)
     files = {
         "run.json": _json(
@@ -50,30 +51,28 @@ def render(plan: Plan) -> Bundle:
         ),
         "accelerate.yaml": yaml.safe_dump(accelerate_config(plan), sort_keys=True),
         "command.json": _json(
-            {"args": list(args), "env": env, "world_size": plan.topology.world_size}
+            {
+                "torchrun": list(options),
+                "env": env,
+                "world_size": plan.topology.world_size,
+            }
         ),
     }
+    if spec.resources.backend in BACKENDS:
+        files |= get_backend(spec.resources.backend).files(plan, run_dir)
     engine = deepspeed_config(plan)
     if engine is not None:
         files["ds_config.json"] = _json(engine)
-    return Bundle(run_dir, files, (sys.executable, *args, str(run_dir)), env)
+    argv = tuple(torchrun_argv(ALONE, options, run_dir))
+    return Bundle(run_dir, files, argv, env)
 
 
-def torchrun_args(plan: Plan) -> tuple[str, ...]:
-    """What Python is given on each node, less the run directory, which comes last.
-
-    Neither the interpreter nor the folder is written down: the interpreter is the one that the
-    node's job runs in, and a run that was moved is started where it lies.
-    """
+def torchrun_options(plan: Plan) -> tuple[str, ...]:
+    """Options of torchrun that are the same wherever the run is started."""
     return (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
         f"--nproc-per-node={plan.topology.processes_per_node}",
         "--max-restarts=0",
         "--monitor-interval=0.2",
-        "-m",
-        "qlora_dist.train.worker",
     )
 
 

@@ -1,0 +1,218 @@
+"""``python -m qlora_dist.batch RUN``: a Slurm job's batch process, the one owner of what follows.
+
+It begins an attempt, starts one task a node, turns signals into the stop file, and decides at the
+end, outside the training processes, whether the job goes back into the queue. Every decision is in
+the attempt's attempt.json before it is carried out.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from qlora_dist import ends
+from qlora_dist.attempt import own
+from qlora_dist.checkpoints import committed_paths
+from qlora_dist.ends import RankEnd, read_rank_ends, worst
+from qlora_dist.errors import QLoRAError
+from qlora_dist.files import write_json
+from qlora_dist.layout import RunDir
+from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, requeue, run_command, show_job
+
+# What follows an attempt.
+Next = Literal["nothing", "requeue", "new job"]
+
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_POLL_S = 0.1
+# Attempts in a row that fail without a newly committed step, before the run is given up.
+MAX_FAILURES = 3
+
+
+def main(run_path: str) -> int:
+    """Run one execution of a job; returns its exit code."""
+    run, job = RunDir(Path(run_path)), SlurmJob.this()
+    stops = _Stops()
+    try:
+        with own(run, job) as attempt:
+            stops.watch(run.stop_file(attempt))
+            _note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
+            end = _run_nodes(run, attempt, stops)
+            # A step may be committed after its last rank has said how it ended.
+            step = newest_step(run)
+            view = _ask(job)
+            following, why = decide(end, job, view, failures=failures_in_a_row(run, end, step))
+            _note(
+                run,
+                attempt,
+                ended_at=time.time(),
+                end=asdict(end),
+                committed_step=step,
+                signals=stops.received,
+                next=following,
+                why=why,
+            )
+    except QLoRAError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(f"attempt {attempt}: {end.cause}; next: {following}, {why}\n")
+    sys.stdout.flush()
+    # From here on a signal has nothing left to stop.
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    return _follow(job, following, end.code)
+
+
+def decide(end: RankEnd, job: SlurmJob, view: JobView | None, *, failures: int) -> tuple[Next, str]:
+    """What follows an attempt; the one rule by which a run is requeued.
+
+    Args:
+        end: How it ended.
+        job: This execution.
+        view: The job as Slurm shows it now; None if Slurm does not answer.
+        failures: Attempts in a row, this one counted, that failed without a new committed step.
+
+    Returns:
+        What to do, and why, for a person.
+    """
+    if end.code in (ends.DONE, ends.USER_ERROR, ends.NEVER_RESTART):
+        return "nothing", "a restart would change nothing"
+    if view is not None and view.restarts != job.restart:
+        return "nothing", "Slurm has requeued it already"
+    if view is not None and view.state == "COMPLETING" and view.reason != "TimeLimit":
+        return "nothing", "it was cancelled"
+    if failures >= MAX_FAILURES:
+        return "nothing", f"{failures} attempts in a row failed without a new committed step"
+    if view is not None and not view.requeue:
+        return "new job", "this job may not be requeued"
+    return "requeue", "it goes on from its last committed step"
+
+
+def failures_in_a_row(run: RunDir, end: RankEnd, step: int) -> int:
+    """Failed attempts up to this one since a step was last committed."""
+    if end.code in (ends.PREEMPTED, ends.TIME_LIMIT, ends.DONE):
+        return 0
+    count = 1
+    for folder in sorted(run.attempts.iterdir(), reverse=True):
+        tree = json.loads((folder / "attempt.json").read_text(encoding="utf-8"))
+        if "end" not in tree:
+            continue
+        if tree["committed_step"] != step or tree["end"]["code"] in (
+            ends.PREEMPTED,
+            ends.TIME_LIMIT,
+        ):
+            break
+        count += 1
+    return count
+
+
+def newest_step(run: RunDir) -> int:
+    """Step of the newest checkpoint; 0 before the first."""
+    paths = committed_paths(run.checkpoints)
+    return int(paths[0].name.removeprefix("step_")) if paths else 0
+
+
+class _Stops:
+    """Signals to the batch process; each asks the ranks to save and end."""
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+        self._file: Path | None = None
+        for number in _STOPS:
+            signal.signal(number, self._on_signal)
+
+    def watch(self, file: Path) -> None:
+        """Say which file asks the ranks."""
+        self._file = file
+        if self.received:
+            self._touch()
+
+    def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
+        self.received.append(signal.Signals(number).name)
+        self._touch()
+
+    def _touch(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.touch(mode=0o600)
+
+
+def _run_nodes(run: RunDir, attempt: int, stops: _Stops) -> RankEnd:
+    """Start a task on each node, and wait until the ranks, or all tasks, have ended."""
+    world_size = json.loads(run.command_json.read_text(encoding="utf-8"))["world_size"]
+    ranks = run.attempt(attempt) / "ranks"
+    process = _srun(
+        [
+            "--ntasks-per-node=1",
+            # The other nodes have a save to finish, whatever one task ends with.
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            f"--output={run.attempt(attempt) / 'logs' / 'node_%n.log'}",
+            "--open-mode=append",
+            *(sys.executable, "-m", "qlora_dist.node", str(run.root), str(attempt)),
+            *(socket.gethostname(), str(_free_port())),
+        ]
+    )
+    while process.poll() is None:
+        # After a signal the job is killed soon: torchrun's own end is not waited for.
+        if stops.received and ends.all_ended(ranks, world_size=world_size):
+            break
+        time.sleep(_POLL_S)
+    return worst(read_rank_ends(ranks, world_size=world_size))
+
+
+def _srun(args: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start srun where a signal to the batch process's group does not reach it."""
+    return subprocess.Popen(["srun", *args], stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _free_port() -> int:
+    """A port that is free on this node, which is the job's first."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ask(job: SlurmJob) -> JobView | None:
+    try:
+        return show_job(job.job)
+    except SchedulerError as error:
+        sys.stderr.write(f"{error}\n")
+        return None
+
+
+def _follow(job: SlurmJob, following: Next, code: int) -> int:
+    if following == "requeue":
+        try:
+            requeue(job.job)
+        except SchedulerError as error:
+            sys.stderr.write(f"{error}; submitting a new job instead\n")
+            following = "new job"
+    if following == "new job":
+        script = run_command("scontrol", "write", "batch_script", job.job, "-")
+        done = subprocess.run(
+            ["sbatch", "--parsable", f"--dependency=afterany:{os.environ['SLURM_JOB_ID']}"],
+            input=script.stdout,
+            text=True,
+            check=False,
+        )
+        return code if done.returncode == 0 else ends.FAILED
+    return code
+
+
+def _note(run: RunDir, attempt: int, **facts: object) -> None:
+    """Add to the attempt's attempt.json."""
+    path = run.attempt(attempt) / "attempt.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,151 @@
+"""What Slurm knows of a job, asked with a time limit.
+
+``scontrol`` is asked first, since it needs no accounting; a job that it has forgotten is over.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_dist.errors import QLoRAError
+
+# A controller that is busy answers within seconds; one that is gone never does.
+_TIMEOUT_S = 30.0
+# squeue(1), JOB STATE CODES: those in which a job may still run, or run again.
+_LIVE = frozenset(
+    {
+        *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED"),
+        *("REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"),
+    }
+)
+
+
+class SchedulerError(QLoRAError):
+    """Slurm did not answer, or refused."""
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """One execution of a job: its id (``ARRAY_ELEMENT`` in an array), and its requeues before."""
+
+    job: str
+    restart: int
+
+    @classmethod
+    def this(cls, env: Mapping[str, str] = os.environ) -> "SlurmJob":
+        """The job that this process runs in."""
+        job = env["SLURM_JOB_ID"]
+        # One element's SLURM_JOB_ID may be the whole array's: requeueing it would requeue all.
+        if "SLURM_ARRAY_TASK_ID" in env:
+            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+        return cls(job, int(env.get("SLURM_RESTART_COUNT", "0")))
+
+    def is_gone(self) -> bool:
+        """Whether this execution is over, by the scheduler's word.
+
+        Raises:
+            SchedulerError: The scheduler does not answer.
+        """
+        seen = show_job(self.job)
+        return seen is None or not seen.is_live or seen.restarts != self.restart
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job as scontrol shows it.
+
+    Attributes:
+        state: Such as RUNNING.
+        reason: Such as None, TimeLimit, Resources.
+        restarts: How often it was requeued.
+        requeue: Whether it may be.
+        nodes: Node list, as Slurm writes it; empty while it waits.
+    """
+
+    state: str
+    reason: str
+    restarts: int
+    requeue: bool
+    nodes: str
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it runs, or may run again."""
+        return self.state in _LIVE
+
+
+def show_job(job: str) -> JobView | None:
+    """A job; None for one that the controller does not know, or has forgotten.
+
+    Raises:
+        SchedulerError: The controller does not answer.
+    """
+    done = run_command("scontrol", "show", "job", "--oneliner", job)
+    if done.returncode == 0:
+        return parse_job(done.stdout)
+    if "Invalid job id" in done.stderr:
+        return None
+    raise SchedulerError(f"scontrol show job {job}: {done.stderr.strip()}")
+
+
+def parse_job(text: str) -> JobView:
+    """Read one line of ``scontrol show job --oneliner``.
+
+    Raises:
+        SchedulerError: It is none.
+    """
+    fields = dict(re.findall(r"(\w+)=(\S*)", text))
+    try:
+        return JobView(
+            state=fields["JobState"],
+            reason=fields["Reason"],
+            restarts=int(fields["Restarts"]),
+            requeue=fields["Requeue"] == "1",
+            nodes="" if fields.get("NodeList") == "(null)" else fields.get("NodeList", ""),
+        )
+    except (KeyError, ValueError) as error:
+        raise SchedulerError(f"scontrol's answer lacks {error}: {text[:200]}") from None
+
+
+def run_command(
+    *args: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs.
+
+    Raises:
+        SchedulerError: It is not here, or does not answer.
+    """
+    try:
+        return subprocess.run(
+            args, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env
+        )
+    except FileNotFoundError:
+        raise SchedulerError(f"{args[0]} is not on this machine; run this where Slurm is") from None
+    except subprocess.TimeoutExpired:
+        raise SchedulerError(f"{args[0]} did not answer within {_TIMEOUT_S:.0f} s") from None
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue.
+
+    Raises:
+        SchedulerError: Slurm refused.
+    """
+    done = run_command("scontrol", "requeue", job)
+    if done.returncode:
+        raise SchedulerError(f"scontrol requeue {job}: {done.stderr.strip()}")
+
+
+def live_jobs(comment: str) -> Sequence[str]:
+    """Ids of the caller's own jobs that carry a comment and are not over.
+
+    Raises:
+        SchedulerError: The controller does not answer.
+    """
+    done = run_command("squeue", "--me", "--noheader", "--format=%i|%k")
+    if done.returncode:
+        raise SchedulerError(f"squeue: {done.stderr.strip()}")
+    rows = (line.strip().partition("|") for line in done.stdout.splitlines())
+    return [job for job, _, said in rows if said == comment]

@@ -1,0 +1,76 @@
+"""Cluster profiles: what a site wants said in every job, in YAML."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from qlora_dist.errors import SpecError, UserError
+from qlora_dist.spec import Count, Section, Text
+from qlora_dist.spec_file import parse_yaml
+
+# Profiles that come with the project lie beside this package, in a checkout.
+CLUSTERS = Path(__file__).parent.parent / "clusters"
+
+
+class Profile(Section):
+    """One cluster, or one way to use it."""
+
+    partition: Text | None = None
+    """Partition, or several with commas."""
+    account: Text | None = None
+    """Account that is charged."""
+    qos: Text | None = None
+    """Quality of service."""
+    constraint: Text | None = None
+    """Features that nodes must have."""
+    reservation: Text | None = None
+    """Reservation to run in."""
+    exclude: Text | None = None
+    """Nodes to leave out."""
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    """Host memory of each node, in GB. Without it some clusters give a job the whole node's, and
+    run one job at a time on it."""
+    signal_lead_s: Count = 120
+    """How long before the time limit Slurm warns the job, in seconds; it must cover a save. Slurm
+    may warn up to a minute earlier."""
+    setup: list[Text] = Field(default_factory=list)
+    """Shell lines that run before everything else on the first node, such as "module load cuda".
+    They are code: read a profile before you use it."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables of the job."""
+    network_interface: Text | None = None
+    """Interface that the nodes talk over, such as ib0."""
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further options of sbatch, by their long names, such as {mail-type: END}."""
+
+
+def load_profile(name: str | None) -> Profile:
+    """Read the profile that a spec names: a file, or a name in slurm/clusters.
+
+    Raises:
+        UserError: There is none of that name.
+        SpecError: It is not a profile.
+    """
+    if name is None:
+        return Profile()
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = CLUSTERS / f"{name}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        there = ", ".join(sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
+        raise UserError(
+            f"resources.profile: there is no {path}; give a YAML file"
+            + (f", or one of {there}" if there else "")
+        ) from None
+    tree: Any = parse_yaml(text, source=str(path)) or {}
+    try:
+        return Profile.model_validate(tree)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SpecError(problems, source=str(path)) from None
