@@ -15,7 +15,7 @@ from qlora_dist.errors import PlanError, RunDirError, UserError
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Plan
 from qlora_dist.scheduler import live_jobs
-from qlora_slurm.profile import Profile, load_profile
+from qlora_slurm.site_profile import Profile, load_profile
 
 _DEFAULT_TIME_MIN = 24 * 60
 

@@ -1,0 +1,138 @@
+"""Slurm without a Slurm: the batch script, what Slurm answers, and the rule of requeueing."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from qlora_dist import ends
+from qlora_dist.batch import MAX_FAILURES, decide
+from qlora_dist.ends import RankEnd
+from qlora_dist.errors import SpecError, UserError
+from qlora_dist.plan import make_plan
+from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, parse_job
+from qlora_dist.spec_file import spec_from_tree
+from qlora_slurm.site_profile import load_profile
+from qlora_slurm.submit import batch_script
+from tests.unit.test_spec import GOOD
+
+RUNNING = JobView("RUNNING", "None", restarts=0, requeue=True, nodes="n[1-2]")
+JOB = SlurmJob("7", 0)
+
+
+def make_end(code):
+    return RankEnd(0, code, "cause", 5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "view", "failures", "expected"),
+    [
+        (ends.DONE, RUNNING, 0, "nothing"),
+        (ends.USER_ERROR, RUNNING, 1, "nothing"),
+        (ends.NEVER_RESTART, RUNNING, 1, "nothing"),
+        (ends.PREEMPTED, RUNNING, 0, "requeue"),
+        (ends.FAILED, RUNNING, 1, "requeue"),
+        (ends.FAILED, RUNNING, MAX_FAILURES, "nothing"),
+        # Requeued by Slurm or an administrator while the ranks were saving.
+        (ends.PREEMPTED, JobView("COMPLETING", "None", 1, True, "n1"), 0, "nothing"),
+        (ends.PREEMPTED, JobView("PENDING", "BeginTime", 1, True, ""), 0, "nothing"),
+        # scancel: a requeue would bring it back to life.
+        (ends.PREEMPTED, JobView("COMPLETING", "None", 0, True, "n1"), 0, "nothing"),
+        (ends.PREEMPTED, JobView("COMPLETING", "TimeLimit", 0, True, "n1"), 0, "requeue"),
+        (ends.PREEMPTED, JobView("RUNNING", "None", 0, False, "n1"), 0, "new job"),
+        # Slurm does not answer: a refused requeue costs nothing.
+        (ends.PREEMPTED, None, 0, "requeue"),
+    ],
+)
+def test_what_follows_an_attempt(code, view, failures, expected):
+    following, why = decide(make_end(code), JOB, view, failures=failures)
+    assert following == expected
+    assert why
+
+
+def test_an_answer_of_scontrol_is_read():
+    text = (
+        "JobId=7 JobName=a b UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) "
+        "Requeue=1 Restarts=2 BatchFlag=1 NodeList=n[1-2] BatchHost=n1 Comment=qlora:/x=y z"
+    )
+    assert parse_job(text) == JobView("RUNNING", "None", 2, True, "n[1-2]")
+    with pytest.raises(SchedulerError, match="lacks 'JobState'"):
+        parse_job("slurm_load_jobs error")
+
+
+def test_an_array_element_is_named_by_array_and_index():
+    env = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    assert SlurmJob.this(env | {"SLURM_RESTART_COUNT": "2"}) == SlurmJob("9_3", 2)
+    assert SlurmJob.this({"SLURM_JOB_ID": "9"}) == SlurmJob("9", 0)
+
+
+def script(tmp_path, run_dir, profile=""):
+    file = tmp_path / "site.yaml"
+    file.write_text(profile)
+    spec = spec_from_tree(
+        {
+            **GOOD,
+            "run_dir": str(run_dir),
+            "strategy": {"kind": "ddp"},
+            "resources": {
+                "backend": "slurm",
+                "nodes": 2,
+                "gpus_per_node": 4,
+                "time": "1-02:30:00",
+                "profile": str(file),
+            },
+        }
+    )
+    return batch_script(make_plan(spec), run_dir)
+
+
+def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
+    text = script(
+        tmp_path,
+        tmp_path / "r",
+        "partition: gpu\naccount: lab\nmem_gb: 1.5\nsignal_lead_s: 300\nnetwork_interface: ib0\n"
+        "setup: [module load cuda]\nenv: {A: b c}\nsbatch: {mail-type: END}\n",
+    )
+    for line in (
+        *("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=1590", "--requeue"),
+        *("--partition=gpu", "--account=lab", "--mem=1536M", "--signal=B:USR1@300"),
+        "--mail-type=END",
+    ):
+        assert f"#SBATCH {line}\n" in text
+    body = text.partition("# setup\n")[2].splitlines()
+    assert body[0] == "trap '' TERM USR1 USR2"
+    assert "export NCCL_SOCKET_IFNAME=ib0" in body
+    assert body.index("export A='b c'") < body.index("module load cuda")
+    assert body[-1].startswith("exec ")
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "q'uote", 'd"quote', "$(touch hacked)", "`x`", "a;b&c", "中文"]
+)
+def test_scripts_with_nasty_names_are_sound_shell(tmp_path, name):
+    """Bash reads the last command as three words and a path, whatever the path is."""
+    run_dir = tmp_path / name
+    text = script(tmp_path, run_dir)
+    argv = text.splitlines()[-1].removeprefix("exec ")
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {argv}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == ["-m", "qlora_dist.batch", str(run_dir)]
+    if shutil.which("shellcheck"):
+        # SC2016 warns of the very quoting that keeps such names from running.
+        check = ["shellcheck", "--exclude=SC2016", "-"]
+        subprocess.run(check, input=text, text=True, check=True)
+
+
+def test_a_run_dir_that_slurm_cannot_name_is_refused(tmp_path):
+    with pytest.raises(UserError, match="Slurm cannot"):
+        script(tmp_path, tmp_path / "50%")
+
+
+def test_a_profile_that_is_not_one(tmp_path):
+    with pytest.raises(UserError, match="there is no"):
+        load_profile("no-such-cluster")
+    file = tmp_path / "p.yaml"
+    file.write_text("partitoin: gpu\n")
+    with pytest.raises(SpecError, match="partitoin"):
+        load_profile(str(file))
