@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.checkpoints import newest_step
 from qlora_dist.errors import RunDirError
 from qlora_dist.files import fsync_dir, write_json
 from qlora_dist.layout import RunDir, newest_attempt
@@ -52,6 +53,12 @@ def own(run: RunDir, job: SlurmJob | None = None) -> Iterator[int]:
         with _exclusive(run):
             if _read(run.owner_json) == me:
                 run.owner_json.unlink()
+
+
+def note(run: RunDir, attempt: int, **facts: object) -> None:
+    """Add to what an attempt's attempt.json says."""
+    path = run.attempt(attempt) / "attempt.json"
+    write_json(path, {**(_read(path) or {}), **facts})
 
 
 @contextmanager
@@ -152,7 +159,12 @@ def _new_attempt(run: RunDir, me: dict[str, Any]) -> int:
         part.mkdir(mode=0o700, parents=True)
     write_json(
         folder / "attempt.json",
-        {"attempt": number, "started_at": time.time(), "launcher": me},
+        {
+            "attempt": number,
+            "started_at": time.time(),
+            "launcher": me,
+            "began_after": newest_step(run.checkpoints),
+        },
     )
     fsync_dir(run.attempts)
     return number

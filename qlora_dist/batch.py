@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_dist import ends
-from qlora_dist.attempt import own
-from qlora_dist.checkpoints import committed_paths
+from qlora_dist.attempt import note, own
+from qlora_dist.checkpoints import newest_step
 from qlora_dist.ends import RankEnd, read_rank_ends, worst
 from qlora_dist.errors import QLoRAError
-from qlora_dist.files import write_json
 from qlora_dist.layout import RunDir
+from qlora_dist.ledger import last_step
 from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, requeue, run_command, show_job
 
 # What follows an attempt.
@@ -44,17 +44,24 @@ def main(run_path: str) -> int:
     try:
         with own(run, job) as attempt:
             stops.watch(run.stop_file(attempt))
-            _note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
+            note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
             end = _run_nodes(run, attempt, stops)
             # A step may be committed after its last rank has said how it ended.
-            step = newest_step(run)
+            step = newest_step(run.checkpoints)
             view = _ask(job)
-            following, why = decide(end, job, view, failures=failures_in_a_row(run, end, step))
-            _note(
+            following, why = decide(
+                end,
+                job,
+                view,
+                failures=failures_in_a_row(run, end, step),
+                cancelled=run.cancel_file.exists(),
+            )
+            note(
                 run,
                 attempt,
                 ended_at=time.time(),
                 end=asdict(end),
+                last_step=last_step(run, attempt),
                 committed_step=step,
                 signals=stops.received,
                 next=following,
@@ -71,7 +78,9 @@ def main(run_path: str) -> int:
     return _follow(job, following, end.code)
 
 
-def decide(end: RankEnd, job: SlurmJob, view: JobView | None, *, failures: int) -> tuple[Next, str]:
+def decide(
+    end: RankEnd, job: SlurmJob, view: JobView | None, *, failures: int, cancelled: bool = False
+) -> tuple[Next, str]:
     """What follows an attempt; the one rule by which a run is requeued.
 
     Args:
@@ -79,6 +88,7 @@ def decide(end: RankEnd, job: SlurmJob, view: JobView | None, *, failures: int) 
         job: This execution.
         view: The job as Slurm shows it now; None if Slurm does not answer.
         failures: Attempts in a row, this one counted, that failed without a new committed step.
+        cancelled: Whether `qlora cancel` was called.
 
     Returns:
         What to do, and why, for a person.
@@ -87,7 +97,9 @@ def decide(end: RankEnd, job: SlurmJob, view: JobView | None, *, failures: int) 
         return "nothing", "a restart would change nothing"
     if view is not None and view.restarts != job.restart:
         return "nothing", "Slurm has requeued it already"
-    if view is not None and view.state == "COMPLETING" and view.reason != "TimeLimit":
+    if cancelled or (
+        view is not None and view.state == "COMPLETING" and view.reason != "TimeLimit"
+    ):
         return "nothing", "it was cancelled"
     if failures >= MAX_FAILURES:
         return "nothing", f"{failures} attempts in a row failed without a new committed step"
@@ -112,12 +124,6 @@ def failures_in_a_row(run: RunDir, end: RankEnd, step: int) -> int:
             break
         count += 1
     return count
-
-
-def newest_step(run: RunDir) -> int:
-    """Step of the newest checkpoint; 0 before the first."""
-    paths = committed_paths(run.checkpoints)
-    return int(paths[0].name.removeprefix("step_")) if paths else 0
 
 
 class _Stops:
@@ -206,12 +212,6 @@ def _follow(job: SlurmJob, following: Next, code: int) -> int:
         )
         return code if done.returncode == 0 else ends.FAILED
     return code
-
-
-def _note(run: RunDir, attempt: int, **facts: object) -> None:
-    """Add to the attempt's attempt.json."""
-    path = run.attempt(attempt) / "attempt.json"
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | facts)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,12 @@ def committed_paths(checkpoints: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
+def newest_step(checkpoints: Path) -> int:
+    """Step of the newest checkpoint, not checked; 0 before the first."""
+    paths = committed_paths(checkpoints)
+    return int(paths[0].name.removeprefix("step_")) if paths else 0
+
+
 def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole; damaged newer ones are set aside.
 

@@ -28,7 +28,7 @@ class Console:
     """
 
     def __init__(self, run: RunDir, attempt: int, say: Callable[[str], None], *, bar: bool) -> None:
-        self._log, self._metrics = _Tail(run.run_log(attempt)), _Tail(run.metrics)
+        self._log, self._metrics = Tail(run.run_log(attempt)), Tail(run.metrics)
         self._attempt, self._say, self._bar_wanted = attempt, say, bar
         self._bar: Any = None
         self._last_line = 0.0
@@ -89,13 +89,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class _Tail:
+class Tail:
     """New whole lines of a file that grows, may not be there yet, and may be cut back."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
     def new_lines(self) -> list[str]:
+        """Whole lines that have come since the last call."""
         try:
             with self._path.open("rb") as file:
                 size = file.seek(0, 2)

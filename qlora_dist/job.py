@@ -12,11 +12,14 @@ import subprocess
 import time
 import types
 from collections.abc import Callable
+from dataclasses import asdict
 
-from qlora_dist.attempt import kill_ranks, own
+from qlora_dist.attempt import kill_ranks, note, own
+from qlora_dist.checkpoints import newest_step
 from qlora_dist.console import Console
 from qlora_dist.ends import RankEnd, read_rank_ends, worst
 from qlora_dist.layout import RunDir
+from qlora_dist.ledger import last_step
 from qlora_dist.torchrun import ALONE, start_torchrun
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -53,7 +56,16 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
         # Ranks lead sessions of their own, and can outlive a torchrun that was killed.
         kill_ranks(run, attempt, after_s=_LAST_SAVE_S)
         ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=command["world_size"])
-        return worst(ends)
+        end = worst(ends)
+        note(
+            run,
+            attempt,
+            ended_at=time.time(),
+            end=asdict(end),
+            last_step=last_step(run, attempt),
+            committed_step=newest_step(run.checkpoints),
+        )
+        return end
 
 
 class _Stops:

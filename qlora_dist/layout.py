@@ -112,6 +112,11 @@ class RunDir:
         """What torchrun printed."""
         return self.attempt(attempt) / "logs" / "torchrun.log"
 
+    @property
+    def cancel_file(self) -> Path:
+        """There when the run is not to be started again by itself."""
+        return self.control / "cancel"
+
     def stop_file(self, attempt: int) -> Path:
         """There when the attempt is asked to save and end."""
         return self.control / f"stop-{attempt:03d}"

@@ -3,13 +3,16 @@
 ``scontrol`` is asked first, since it needs no accounting; a job that it has forgotten is over.
 """
 
+import json
 import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_dist.errors import QLoRAError
+from qlora_dist.process import Process
 
 # A controller that is busy answers within seconds; one that is gone never does.
 _TIMEOUT_S = 30.0
@@ -74,6 +77,21 @@ class JobView:
     def is_live(self) -> bool:
         """Whether it runs, or may run again."""
         return self.state in _LIVE
+
+
+def read_owner(path: Path) -> "SlurmJob | Process | None":
+    """Who an owner.json names; None where there is none.
+
+    Raises:
+        TypeError: It is damaged.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise TypeError(f"{path} is no JSON") from None
+    return SlurmJob(**tree) if "job" in tree else Process(**tree)
 
 
 def show_job(job: str) -> JobView | None:

@@ -113,6 +113,21 @@ def make_parser() -> argparse.ArgumentParser:
     _overrides_argument(resume)
     resume.add_argument("--dry-run", action="store_true", help="print what would be started")
 
+    status = verb("status", _status, "say where a run stands, and what its attempts were")
+    _run_argument(status)
+    status.add_argument("--json", action="store_true", help="for programs")
+
+    runs = verb("list", _list, "say where every run of a folder stands")
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER")
+
+    logs = verb("logs", _logs, "print what a run's newest attempt has said")
+    _run_argument(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the attempt ends")
+    logs.add_argument("--rank", type=_count, metavar="N", help="what one process printed instead")
+
+    cancel = verb("cancel", _cancel, "have a run save and end, and not start again by itself")
+    _run_argument(cancel)
+
     data = verb("data", _data, "read and tokenise a run's data, and show it")
     _config_arguments(data)
     data.add_argument(
@@ -342,6 +357,47 @@ def _failure_text(run: "RunDir", end: "RankEnd") -> str:
         return f"qlora: rank {end.rank} {end.cause}\nwhat it left: {logs}\n"
     log = run.rank_log(attempt, end.rank)
     return f"qlora: {end.cause}\nrank {end.rank} failed after step {end.step}; its log: {log}\n"
+
+
+def _status(args: argparse.Namespace) -> int:
+    from qlora_dist.layout import open_run
+    from qlora_dist.ledger import standing
+    from qlora_launch.show_runs import status_json, status_text
+
+    run, spec = open_run(args.run)
+    now = standing(run, spec)
+    if args.json:
+        import json
+
+        print(json.dumps(status_json(now), indent=2))
+    else:
+        print(status_text(run, spec, now))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from qlora_launch.show_runs import list_text
+
+    print(list_text(args.folder.expanduser().absolute()))
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from qlora_dist.layout import open_run
+    from qlora_launch.follow import follow
+
+    run, spec = open_run(args.run)
+    follow(run, spec, say=_say, rank=args.rank, to_the_end=args.follow)
+    return 0
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from qlora_dist.layout import open_run
+    from qlora_launch.cancel import cancel
+
+    run, spec = open_run(args.run)
+    _say(cancel(run, spec))
+    return 0
 
 
 def _data(args: argparse.Namespace) -> int:

@@ -1,0 +1,41 @@
+"""Ending a run from outside, with every complete step saved."""
+
+import os
+import signal
+
+from qlora_dist.errors import UserError
+from qlora_dist.layout import RunDir, newest_attempt
+from qlora_dist.ledger import standing
+from qlora_dist.process import Process
+from qlora_dist.scheduler import live_jobs, read_owner, run_command
+from qlora_dist.spec import RunSpec
+
+
+def cancel(run: RunDir, spec: RunSpec) -> str:
+    """Ask a running attempt to save and end, and take a waiting job out of the queue.
+
+    A job is not killed: Slurm would give it seconds to save.
+
+    Returns:
+        What was done, for a person.
+
+    Raises:
+        UserError: Nothing runs or waits, or Slurm refuses.
+    """
+    now = standing(run, spec)
+    if now.state not in ("running", "queued"):
+        raise UserError(f"{run.root}: nothing to cancel; the run is {now.state}")
+    run.cancel_file.touch(mode=0o600)
+    owner = read_owner(run.owner_json)
+    if now.state == "running" and isinstance(owner, Process):
+        os.kill(owner.pid, signal.SIGTERM)
+        return f"process {owner.pid} saves and ends"
+    attempt = newest_attempt(run)
+    if now.state == "running" and attempt is not None:
+        run.stop_file(attempt).touch(mode=0o600)
+        return f"{now.detail} saves and ends, and is not requeued"
+    jobs = live_jobs(f"qlora:{run.root}")
+    done = run_command("scancel", *jobs)
+    if done.returncode:
+        raise UserError(f"scancel: {done.stderr.strip()}")
+    return f"job {', '.join(jobs)} is out of the queue"
