@@ -135,7 +135,7 @@ def _attempts(run: RunDir) -> Iterator[AttemptRow]:
             started_at=tree["started_at"],
             ended_at=tree.get("ended_at"),
             began_after=began,
-            last_step=tree.get("last_step", kept[-1]["step"] if kept else began),
+            last_step=max(began, tree.get("last_step", kept[-1]["step"] if kept else 0)),
             kept_steps=len(kept),
             step_s=sum(record["step_s"] for record in kept),
             code=end.get("code"),

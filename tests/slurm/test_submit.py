@@ -1,0 +1,182 @@
+"""Runs as jobs of a real Slurm: they end as the unbroken run, whatever the queue does to them."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from qlora_dist.layout import RunDir, newest_attempt, open_run
+from qlora_dist.ledger import standing
+from qlora_dist.train.compare import differences, records
+from tests.conftest import run_qlora, write_config
+
+# Steps of about a quarter of a second, long enough to be hit by something.
+SLOW = {
+    "batch__global_size": 32,
+    "batch__micro_size": 1,
+    "schedule__steps": 60,
+    "checkpoint__every_steps": 20,
+    "evaluation__every_steps": 50,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model, pairs_file):
+    """The same run on this machine, unbroken."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_qlora(folder, "run", write_config(folder, tiny_model, pairs_file, "whole", SLOW))
+    return RunDir(folder / "whole")
+
+
+@pytest.fixture
+def slurm(testbed, tmp_path, tiny_model, pairs_file, monkeypatch):
+    """Submit a run of two nodes, one process each; keyword arguments change its config."""
+    for name, value in testbed.env.items():
+        monkeypatch.setenv(name, value)
+    profile = tmp_path / "site.yaml"
+
+    def submit(name="run", *, code=0, site=None, **changes):
+        lines = {"partition": "low", "mem_gb": 1, "signal_lead_s": 30, **(site or {})}
+        profile.write_text(json.dumps(lines))
+        changes = SLOW | {
+            "resources": {
+                "backend": "slurm",
+                "nodes": 2,
+                "gpus_per_node": 0,
+                "processes_per_node": 1,
+                "cpus_per_process": 1,
+                "time": "0:10:00",
+                "profile": str(profile),
+            },
+            **changes,
+        }
+        config = write_config(tmp_path, tiny_model, pairs_file, name, changes)
+        done = run_qlora(tmp_path, "submit", config, code=code)
+        return RunDir(tmp_path / name), done
+
+    yield submit
+    testbed.run("scancel", "--user=root")
+    testbed.wait_idle()
+    assert testbed.processes() == []
+
+
+def wait_until(condition, timeout_s=180):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def steps(run):
+    return sum(kind == "train" for kind, _ in records(run)) if run.metrics.exists() else 0
+
+
+def state(run):
+    return standing(*open_run(run.root)).state
+
+
+def said(run):
+    """Everything that the job printed, for a test that fails."""
+    files = [*run.control.glob("slurm-*.out"), *run.attempts.glob("*/logs/*")]
+    return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+
+
+def test_a_run_that_is_preempted_three_times_ends_as_the_unbroken_run(
+    slurm, testbed, whole, tmp_path
+):
+    """Preemption by real jobs of a higher partition, SIGTERM only; nothing is typed in between."""
+    run, done = slurm()
+    assert "submitted job" in done.stdout
+    for number in (1, 2, 3):
+        wait_until(lambda: steps(run) >= 12 * number)  # noqa: B023
+        testbed.run("sbatch", "-phigh", "-N2", "--exclusive", "--wrap=sleep 1")
+        wait_until(lambda: newest_attempt(run) == number)  # noqa: B023
+    wait_until(lambda: state(run) in ("done", "failed"))
+    assert state(run) == "done", said(run)
+    assert differences(whole, run) == []
+    now = standing(*open_run(run.root))
+    assert [row.code for row in now.attempts] == [85, 85, 85, 0]
+    assert [row.lost_steps for row in now.attempts] == [0, 0, 0, 0]
+    assert [row.following for row in now.attempts] == ["requeue"] * 3 + ["nothing"]
+    assert now.attempts[-1].last_step == 60
+    table = run_qlora(tmp_path, "status", run.root).stdout
+    assert "done: trained to the last step" in table
+
+
+def test_a_time_limit_saves_and_goes_back_into_the_queue(slurm, whole):
+    run, _ = slurm(
+        resources__time="0:01:00",
+        schedule__steps=400,
+        checkpoint__every_steps=1000,
+        evaluation__every_steps=None,
+    )
+    wait_until(lambda: newest_attempt(run) == 1)
+    first = standing(*open_run(run.root)).attempts[0]
+    assert first.code == 85, said(run)
+    assert first.lost_steps == 0
+    assert first.last_step > 0
+
+
+def test_a_cancelled_run_saves_and_does_not_come_back(slurm, testbed, tmp_path):
+    run, _ = slurm()
+    wait_until(lambda: steps(run) >= 3)
+    assert "saves and ends" in run_qlora(tmp_path, "cancel", run.root).stdout
+    wait_until(lambda: state(run) == "stopped")
+    testbed.wait_idle()
+    now = standing(*open_run(run.root))
+    assert len(now.attempts) == 1
+    assert now.step == now.attempts[0].last_step >= 3
+    assert now.attempts[0].following == "nothing"
+
+
+def test_scancel_is_not_undone(slurm, testbed):
+    run, done = slurm()
+    wait_until(lambda: steps(run) >= 3)
+    job = done.stdout.partition("submitted job ")[2].partition(":")[0]
+    testbed.run("scancel", job)
+    testbed.wait_idle()
+    now = standing(*open_run(run.root))
+    assert len(now.attempts) == 1
+    assert now.attempts[0].following == "nothing", said(run)
+    assert now.step == now.attempts[0].last_step
+
+
+def test_a_rank_that_is_killed_brings_the_job_back(slurm, whole):
+    run, _ = slurm()
+    wait_until(lambda: run.checkpoints.is_dir() and steps(run) >= 24)
+    rank = json.loads(run.rank_file(0, 1).read_text())["process"]["pid"]
+    os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: state(run) in ("done", "failed"))
+    assert state(run) == "done", said(run)
+    assert differences(whole, run) == []
+    first = standing(*open_run(run.root)).attempts[0]
+    assert first.code == 1
+    assert first.lost_steps <= 20
+
+
+def test_a_run_is_not_submitted_twice(slurm, testbed, tmp_path):
+    run, _ = slurm()
+    done = run_qlora(tmp_path, "resume", run.root, code=2)
+    assert "is in the queue already, as job" in done.stderr
+    assert testbed.run("squeue", "--noheader").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ({"partition": "nowhere"}, "sbatch refused the job: Batch job submission failed: Invalid"),
+        ({"mem_gb": 100_000}, "sbatch refused the job"),
+    ],
+)
+def test_what_slurm_refuses_is_one_message(slurm, testbed, site, message):
+    _, done = slurm(code=2, site=site)
+    assert message in done.stderr
+    assert testbed.run("squeue", "--noheader") == ""
+
+
+def test_no_slurm_here(slurm, tmp_path, tiny_model, pairs_file, monkeypatch):
+    config = write_config(tmp_path, tiny_model, pairs_file, "x", {})
+    done = run_qlora(tmp_path, "submit", config, code=2, env={"PATH": "/nowhere"})
+    assert "there is no sbatch on this machine" in done.stderr
