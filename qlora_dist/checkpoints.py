@@ -8,10 +8,9 @@ final name whose files are the manifest's.
 import contextlib
 import errno
 import json
-import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from qlora_dist.errors import CheckpointError
 from qlora_dist.files import (
     fsync_dir,
     fsync_file,
+    refuse_foreign,
     remove_tree,
     sha256_file,
     write_json,
@@ -118,7 +118,7 @@ def commit(
         final.rename(old)
     partial.rename(final)
     fsync_dir(final.parent)
-    remove_tree(old)
+    discard(old)
     return final
 
 
@@ -129,7 +129,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: It is not what its manifest says, or not ours; the message says how.
     """
     try:
-        _refuse_foreign(path)
+        refuse_foreign(path)
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(
@@ -143,32 +143,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
         if extra := sorted(found - set(files)):
             raise CheckpointError(f"{path}: holds files of nobody's: {', '.join(extra)}")
-        for name, entry in files.items():
-            if (path / name).stat().st_size != entry["bytes"]:
-                raise CheckpointError(f"{path / name}: is truncated or grown")
-            if sha256_file(path / name) != entry["sha256"]:
-                raise CheckpointError(f"{path / name}: its bytes changed after it was written")
+        _check_files(path, files)
         if final_path(path.parent, int(manifest["step"])) != path:
             raise CheckpointError(f"{path}: its manifest is of step {manifest['step']}")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: lacks {error.filename}") from None
+    except PermissionError as error:
+        raise CheckpointError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Checkpoint(path, manifest)
+
+
+def _check_files(path: Path, files: Mapping[str, Any]) -> None:
+    for name, entry in files.items():
+        if (path / name).stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{path / name}: is truncated or grown")
+        if sha256_file(path / name) != entry["sha256"]:
+            raise CheckpointError(f"{path / name}: its bytes changed after it was written")
 
 
 def read_manifest(path: str | Path) -> Checkpoint:
     """A checkpoint that another process has checked."""
     path = Path(path)
     return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-
-
-def _refuse_foreign(path: Path) -> None:
-    for entry in (path, *path.rglob("*")):
-        if entry.is_symlink():
-            raise CheckpointError(f"{entry}: is a link, and checkpoints hold none")
-        if entry.stat().st_uid != os.geteuid():
-            raise CheckpointError(f"{entry}: belongs to another user")
 
 
 def committed_paths(checkpoints: Path) -> list[Path]:
@@ -218,7 +216,9 @@ def _finish_replacing(checkpoints: Path) -> None:
     """Give back its name to a checkpoint that a crash left between two renames of ``commit``."""
     for old in checkpoints.glob("step_*.old") if checkpoints.is_dir() else ():
         final = old.with_suffix("")
-        if not final.exists():
+        if final.exists():
+            discard(old)
+        else:
             old.rename(final)
 
 
@@ -236,7 +236,7 @@ def _set_aside(path: Path, why: str) -> str:
 
 
 def retain(
-    checkpoints: Path, *, keep_last: int, keep_every: int | None, best_step: int | None
+    checkpoints: Path, *, keep_last: int, keep_every: int | None, best_steps: Collection[int | None]
 ) -> None:
     """Remove old checkpoints.
 
@@ -244,11 +244,11 @@ def retain(
         checkpoints: Their folder.
         keep_last: The newest so many stay.
         keep_every: Those of steps that it divides stay; None for none.
-        best_step: That step's stays; None for none.
+        best_steps: Those steps' stay.
     """
     for path in committed_paths(checkpoints)[keep_last:]:
         step = int(path.name.removeprefix("step_"))
-        if step != best_step and (keep_every is None or step % keep_every):
+        if step not in best_steps and (keep_every is None or step % keep_every):
             remove_tree(path)
 
 

@@ -5,12 +5,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 # What one node has made, others see after their caches have run out (NFS: 60 s at most).
 SEEN_WITHIN_S = 90.0
+_CHUNK_BYTES = 16 << 20
 
 
 def fsync_dir(path: Path) -> None:
@@ -56,10 +57,32 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+def sha256_file(path: Path, *, on_chunk: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Args:
+        path: The file.
+        on_chunk: Called between pieces of it; what it raises ends the reading.
+    """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            on_chunk()
+    return digest.hexdigest()
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder in which anything belongs to another user, or is a link.
+
+    Raises:
+        PermissionError: Something does.
+    """
+    for entry in (path, *path.rglob("*")):
+        if entry.is_symlink():
+            raise PermissionError(f"{entry}: is a link, and there should be none")
+        if entry.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{entry}: belongs to another user")
 
 
 def replace_dir(new: Path, final: Path) -> None:

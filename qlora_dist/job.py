@@ -1,6 +1,6 @@
 """One attempt of a run on one machine: start torchrun, pass on what it says, report the end.
 
-A stop (SIGTERM, SIGINT, SIGHUP) becomes a file that the ranks poll; torchrun itself is left alone,
+A signal that asks for a stop becomes a file that the ranks poll; torchrun itself is left alone,
 so that it neither kills ranks in the middle of a save nor fills the terminal with its traceback.
 A second signal is passed on to torchrun, a third kills it and every rank.
 """
@@ -20,9 +20,9 @@ from qlora_dist.console import Console
 from qlora_dist.ends import RankEnd, read_rank_ends, worst
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
+from qlora_dist.process import STOP_SIGNALS
 from qlora_dist.torchrun import ALONE, start_torchrun
 
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Ranks whose torchrun is gone notice at their next micro-batch, save and end; then they are killed.
 _LAST_SAVE_S = 30.0
 
@@ -82,7 +82,7 @@ class _Stops:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "_Stops":
-        for number in _STOPS:
+        for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -5,6 +5,7 @@ A key that is in neither table is what the run is: its data, its method, its opt
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,11 @@ NOT_THE_SAME_BITS = frozenset(
     }
 )
 # May change because their content is compared: the tokens must be the same.
-CHECKED_BY_CONTENT = frozenset({"data.source", "data.subset", "data.split", "data.revision"})
+CHECKED_BY_CONTENT = frozenset(
+    f"data.{mix}{name}"
+    for mix in ("", "mix.")
+    for name in ("source", "subset", "split", "revision")
+)
 
 
 def spec_sha256(spec: RunSpec) -> str:
@@ -84,11 +89,14 @@ def check_change(before: RunSpec, now: RunSpec) -> list[str]:
 
 def _may_change(key: str) -> bool:
     section = key.partition(".")[0]
+    key = re.sub(r"\.\d+\.", ".", key)
     return section in FREE or key in FREE | NOT_THE_SAME_BITS | CHECKED_BY_CONTENT
 
 
 def _flat(spec: RunSpec) -> dict[str, Any]:
     def walk(tree: object, prefix: str) -> Mapping[str, Any]:
+        if isinstance(tree, list):
+            tree = dict(enumerate(tree))
         if not isinstance(tree, dict):
             return {prefix: tree}
         flat: dict[str, Any] = {}

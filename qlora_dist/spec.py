@@ -117,7 +117,7 @@ class DatasetSection(Section):
     learn: Learn = "auto"
     """answer: only answers are learned. all: prompts too. auto: what the format's original recipe
     does (for oasst1 the whole conversation, for the rest the answer)."""
-    weight: Count = 1
+    weight: Annotated[int, Field(strict=True, ge=1, le=1000)] = 1
     """Times that each of its samples comes in an epoch."""
 
     @model_validator(mode="after")

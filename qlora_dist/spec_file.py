@@ -160,7 +160,9 @@ def _path(item: Mapping[str, Any]) -> list[str | int]:
         fields = [section.model_fields[part] for section in members if part in section.model_fields]
         if isinstance(part, int) or fields:
             path.append(part)
-            members = list(_sections_of(fields[0].annotation)) if fields else []
+            # An index stands between a list and its entries, which are of the same sections.
+            if fields:
+                members = list(_sections_of(fields[0].annotation))
     if item["type"] == "extra_forbidden":
         path.append(item["loc"][-1])
     return path
@@ -209,10 +211,10 @@ def _nearest(location: Sequence[str | int]) -> str:
 
 
 def _sections_of(annotation: object) -> Iterable[type[BaseModel]]:
-    """The Section classes inside an annotation such as ``Annotated[A | B, ...]``."""
+    """The Section classes inside an annotation such as ``list[Annotated[A | B, ...]]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated, list):
         for part in get_args(annotation):
             yield from _sections_of(part)
 

@@ -235,6 +235,10 @@ def _say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _warn(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
 def _load(args: argparse.Namespace) -> "RunSpec":
     from qlora_dist.spec_file import load_spec
 
@@ -245,6 +249,7 @@ def _plan(args: argparse.Namespace) -> int:
     from qlora_dist.plan import make_plan
 
     spec = _load(args)
+    make_plan(spec)
     plan = make_plan(spec, _corpus_facts(spec))
     if args.json:
         import json
@@ -304,6 +309,8 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
+    from qlora_dist.checkpoints import newest_step
+    from qlora_dist.errors import PlanError
     from qlora_dist.layout import open_run
     from qlora_dist.plan import make_plan
     from qlora_dist.resume import check_change
@@ -323,7 +330,14 @@ def _resume(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(bundle_text(bundle))
         return 0
-    if spec != before:
+    if plan.not_runnable:
+        raise PlanError("\n".join(plan.not_runnable))
+    done, steps = newest_step(run.checkpoints), spec.schedule.steps
+    if steps is not None and steps < done:
+        raise PlanError(
+            f"schedule.steps: {steps} steps, and the run has {done} behind it; use at least {done}"
+        )
+    if args.overrides:
         change_run_dir(run, bundle)
     return _start(run, plan)
 
@@ -405,13 +419,15 @@ def _data(args: argparse.Namespace) -> int:
     from qlora_dist.data.corpus import Corpus
     from qlora_dist.data.tokenizer import load_tokenizer
     from qlora_dist.layout import corpora_dir, run_dir_of
+    from qlora_dist.plan import make_plan
     from qlora_launch.show_data import report, samples_text
 
     spec = _load(args)
+    make_plan(spec)
     tokenizer = load_tokenizer(spec)
     with _RowBar() as bar:
         store = ensure_store(
-            spec, tokenizer, corpora_dir(spec, run_dir_of(spec)), on_rows=bar.update, say=_say
+            spec, tokenizer, corpora_dir(spec, run_dir_of(spec)), on_rows=bar.update, say=_warn
         )
     corpus = Corpus(store, spec.evaluation.max_rows)
     if args.json:

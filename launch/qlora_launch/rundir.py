@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 from qlora_dist.attempt import idle
-from qlora_dist.checkpoints import committed_paths
 from qlora_dist.data.reader import local_file
 from qlora_dist.errors import ModelError, PlanError, QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_text
@@ -53,7 +52,7 @@ def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
         _, there = open_run(run.root)
         if _same(there, spec):
             return run
-        if run.owner_json.exists() or committed_paths(run.checkpoints):
+        if _has_anything(run):
             _check_change(run, there, spec)
             change_run_dir(run, bundle)
             return run
@@ -88,8 +87,16 @@ def change_run_dir(run: RunDir, bundle: Bundle) -> None:
         RunDirError: A launcher has it.
     """
     with idle(run):
-        for name, text in bundle.files.items():
-            write_text(run.root / name, text)
+        # run.json last: until it is there, the same command is needed again, and does all of this.
+        for name in sorted(bundle.files, key=lambda name: name == "run.json"):
+            write_text(run.root / name, bundle.files[name])
+
+
+def _has_anything(run: RunDir) -> bool:
+    """Whether a run directory holds more than its launcher writes before the first start."""
+    kept = (run.owner_json, run.metrics, run.adapter, run.merged)
+    there = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
+    return there or any(path.exists() for path in kept)
 
 
 def _check_change(run: RunDir, there: RunSpec, spec: RunSpec) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import sys
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -43,6 +45,7 @@ def ensure_store(
     folder: Path,
     *,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
+    on_chunk: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Store:
     """The store of a spec's data: the one that is there, every byte checked, or a new one.
@@ -53,6 +56,7 @@ def ensure_store(
         folder: Where stores are.
         on_rows: Told, between batches, how many of how many rows are done; what it raises ends the
             work, and leaves nothing behind.
+        on_chunk: Called between pieces of a store that is checked; the same.
         say: Takes lines for a person.
 
     Raises:
@@ -61,12 +65,15 @@ def ensure_store(
     """
     path = folder / fingerprint(spec, tokenizer)
     try:
-        store = open_store(path, verify=True)
+        store = open_store(path, verify=True, on_chunk=on_chunk)
     except FileNotFoundError:
         store = None
     except DamagedStoreError as error:
         say(f"data: {error}; tokenising again")
-        remove_tree(path)
+        # Aside first: who has it open keeps it, and nobody opens it any more.
+        aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
+        path.rename(aside)
+        remove_tree(aside)
         store = None
     if store is None:
         with StoreWriter(path) as writer:
@@ -111,7 +118,7 @@ def fingerprint(spec: RunSpec, tokenizer: Any) -> str:
 
 def _rules_sha256(datasets: tuple[DatasetSection, ...]) -> str:
     """Hash of the code that makes tokens of rows, so that a changed rule makes a new store."""
-    modules = [example, formats, packing, reader, tokens]
+    modules = [example, formats, packing, reader, tokens, sys.modules[__name__]]
     modules += [load_format(dataset.format) for dataset in datasets]  # type: ignore[misc]
     digest = hashlib.sha256()
     for module in modules:
@@ -174,7 +181,7 @@ class _Builder:
         make = load_format(dataset.format).examples
         batch: list[Example] = []
         bad: list[str] = []
-        first = self._num_rows
+        num_bad, first = 0, self._num_rows
         for row in _rows(rows):
             self._num_rows += 1
             try:
@@ -183,15 +190,18 @@ class _Builder:
                 self._dropped[str(reason)] += 1
             except MissingField as error:
                 fields = ", ".join(name for name, value in row.items() if value is not None)
-                bad.append(f"row {self._num_rows - first} {error}; its fields: {fields}")
+                num_bad += 1
+                if len(bad) < _SHOWN_BAD_ROWS:
+                    bad.append(f"row {self._num_rows - first} {error}; its fields: {fields}")
+            # A dataset with bad rows is read to its end for the report, and not tokenised.
             if len(batch) >= _BATCH:
-                # A dataset with bad rows is read to its end for the report, and not tokenised.
                 if not bad:
                     yield batch
                 batch = []
+            if self._num_rows % _BATCH == 0:
                 self._on_rows(self._num_rows, total)
         if bad:
-            raise DataError(_bad_rows(dataset, bad))
+            raise DataError(_bad_rows(dataset, bad, num_bad))
         if batch:
             yield batch
         self._on_rows(self._num_rows, total)
@@ -266,10 +276,10 @@ def _rows(rows: Any) -> Iterator[dict[str, object]]:
             yield dict(zip(names, values, strict=True))
 
 
-def _bad_rows(dataset: DatasetSection, bad: list[str]) -> str:
-    more = f"\n  and {len(bad) - _SHOWN_BAD_ROWS} more" if len(bad) > _SHOWN_BAD_ROWS else ""
+def _bad_rows(dataset: DatasetSection, shown: list[str], count: int) -> str:
+    more = f"\n  and {count - len(shown)} more" if count > len(shown) else ""
     return (
         f"data.source: {dataset.source!r} is not in the format {dataset.format!r}\n  "
-        + "\n  ".join(bad[:_SHOWN_BAD_ROWS])
+        + "\n  ".join(shown)
         + more
     )

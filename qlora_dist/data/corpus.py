@@ -57,6 +57,12 @@ class Corpus:
         return _Samples(self, self.store.arrays["validation"][: self.max_validation])
 
     @cached_property
+    def num_validation_targets(self) -> int:
+        """Target tokens of the samples held out."""
+        numbers = self.store.arrays["validation"][: self.max_validation]
+        return int(self.store.arrays["targets"][numbers].sum())
+
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each training sequence, int64 of shape ``(sequences,)``."""
         return self._per_sequence(np.diff(self.store.arrays["offsets"]))

@@ -1,5 +1,6 @@
 """Which store a spec's data had when it was last tokenised, for plans, which load no tokenizer."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -11,8 +12,10 @@ from qlora_dist.spec import RunSpec
 
 
 def write(spec: RunSpec, folder: Path, store: str) -> None:
-    """Note the name of a spec's store."""
-    if read(spec, folder) != folder / store:
+    """Note the name of a spec's store, where the storage lets us."""
+    if read(spec, folder) == folder / store:
+        return
+    with contextlib.suppress(OSError):
         note = _path(spec, folder)
         note.parent.mkdir(mode=0o700, exist_ok=True)
         write_json(note, {"store": store})

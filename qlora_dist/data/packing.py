@@ -1,5 +1,7 @@
 """Several samples into one sequence: best fit, longest first."""
 
+from collections import defaultdict
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,7 +31,7 @@ def best_fit(
     order = np.argsort(-lengths, kind="stable")
     # Open sequences by the room that they have left, and a bit for each room that occurs: its
     # lowest set bit from a length on is the best fit.
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    by_room: defaultdict[int, list[int]] = defaultdict(list)
     rooms = 0
     sequence_of = np.empty(len(lengths), np.int64)
     count = 0

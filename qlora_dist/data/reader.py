@@ -75,10 +75,18 @@ def content_id(dataset: DatasetSection, token_file: str | None) -> str:
     """
     path = local_file(dataset)
     if path is not None:
-        return sha256_file(path)
-    # ``datasets`` names the folder of its cache after the commit.
+        return _file_sha256(path)
+    # ``datasets`` names the folder of its cache after the commit; a split may be part of a file.
     files = read_rows(dataset, token_file).cache_files
-    return "/".join(Path(files[0]["filename"]).parts[-4:]) if files else dataset.source
+    names = ["/".join(Path(file["filename"]).parts[-4:]) for file in files]
+    return f"{dataset.source} {dataset.subset} {dataset.split} {dataset.revision} {names}"
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise DataError(f"data.source: {path} cannot be read: {error.strerror}") from error
 
 
 def _load_file(datasets: Any, path: Path) -> Any:
@@ -87,8 +95,14 @@ def _load_file(datasets: Any, path: Path) -> Any:
     if path.stat().st_size == 0:
         raise DataError(f"data.source: {path} is empty")
     builder = _BUILDERS[path.suffix]
-    options = _table_options(datasets, path) if builder == "csv" else {}
-    return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    try:
+        options = _table_options(datasets, path) if builder == "csv" else {}
+    except csv.Error as error:
+        raise DataError(f"data.source: {path} cannot be read: {error}") from error
+    # Named after the content: by itself ``datasets`` would take a new file with an old time for the
+    # one in its cache.
+    name = _file_sha256(path)[:32]
+    return datasets.load_dataset(builder, name, data_files=str(path), split="train", **options)
 
 
 def _table_options(datasets: Any, path: Path) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def corpus_facts(spec: RunSpec, corpus: Corpus) -> CorpusFacts:
     micro_size = spec.batch.micro_size
     if attention_of(spec) != "varlen" and micro_size > 1:
         batches = min(_MEASURED_BATCHES, -(-corpus.num_sequences // spec.batch.global_size))
-        order = make_schedule(spec, corpus).samples(0, batches * spec.batch.global_size)
+        # A whole number of micro-batches, whatever is asked for; at most an epoch's.
+        count = min(batches * spec.batch.global_size, corpus.num_sequences) // micro_size
+        order = make_schedule(spec, corpus).samples(0, max(1, count) * micro_size)
         lengths = corpus.lengths[order].reshape(-1, micro_size)
         useful = float(lengths.sum() / (lengths.max(axis=1) * micro_size).sum())
     return CorpusFacts(

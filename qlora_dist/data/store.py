@@ -18,10 +18,12 @@ A store is written under another name and renamed when it is whole, so that a re
 writer, see all of it or nothing.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +33,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_dist.data.tokens import Sample
-from qlora_dist.files import fsync_file, remove_tree, replace_dir, sha256_file, write_json
-from qlora_dist.process import Process
+from qlora_dist.files import (
+    fsync_dir,
+    fsync_file,
+    refuse_foreign,
+    remove_tree,
+    sha256_file,
+    write_json,
+)
+from qlora_dist.process import Process, start_ticks
 
 FORMAT = 1
 MANIFEST = "corpus.json"
@@ -62,7 +71,7 @@ class Store:
         path: Its folder.
         arrays: Name -> array, memory-mapped, read-only.
         facts: What its builder had to say: counts, ids, ...
-        sha256: Fingerprint of all arrays' bytes.
+        sha256: Fingerprint of arrays and facts.
     """
 
     path: Path
@@ -71,37 +80,46 @@ class Store:
     sha256: str
 
 
-def open_store(path: Path, *, verify: bool) -> Store:
+def open_store(path: Path, *, verify: bool, on_chunk: Callable[[], None] = lambda: None) -> Store:
     """Open a store.
 
     Args:
         path: Its folder.
         verify: Read every byte and compare hashes; else only sizes are compared.
+        on_chunk: Called between pieces of files that are read; what it raises ends the reading.
 
     Raises:
         FileNotFoundError: There is none.
         DamagedStoreError: It is damaged.
+        OSError: It cannot be read, or belongs to another user.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = tree["manifest"]
+        if _manifest_sha256(manifest) != tree["sha256"]:
+            raise DamagedStoreError(f"{path / MANIFEST}: was changed after it was written")
         files = {name: dict(entry) for name, entry in manifest["files"].items()}
-        facts = dict(manifest["facts"])
     except FileNotFoundError:
         if path.is_dir():
             raise DamagedStoreError(f"{path} lacks its {MANIFEST}") from None
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{path / MANIFEST} cannot be read: {error}") from error
+    refuse_foreign(path)
     arrays = {}
     for name, entry in files.items():
         file = path / f"{name}.bin"
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             raise DamagedStoreError(f"{file} is missing, truncated or grown")
-        if verify and sha256_file(file) != entry["sha256"]:
+        if verify and sha256_file(file, on_chunk=on_chunk) != entry["sha256"]:
             raise DamagedStoreError(f"{file}: its bytes changed after it was written")
         arrays[name] = _map(file, name, entry["bytes"])
-    whole = json.dumps({name: files[name]["sha256"] for name in sorted(files)})
-    return Store(path, arrays, facts, hashlib.sha256(whole.encode()).hexdigest())
+    return Store(path, arrays, manifest["facts"], tree["sha256"])
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hash of everything that a store holds, through the hashes of its files."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _map(file: Path, name: str, size: int) -> npt.NDArray[Any]:
@@ -134,7 +152,7 @@ class StoreWriter:
         write_json(self._partial / _OWNER, asdict(me))
         self._tokens = (self._partial / "tokens.bin").open("wb")
         self._learned = (self._partial / "learned.bin").open("wb")
-        # What is kept of a sample in memory: 20 bytes, whatever its length.
+        # What is kept of a sample in memory: 16 bytes, whatever its length.
         self._lengths, self._cuts, self._targets = array("i"), array("i"), array("i")
 
     def __enter__(self) -> "StoreWriter":
@@ -146,8 +164,10 @@ class StoreWriter:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        self._tokens.close()
-        self._learned.close()
+        for file in (self._tokens, self._learned):
+            # A full disk refuses the last bytes once more.
+            with contextlib.suppress(OSError):
+                file.close()
         remove_tree(self._partial)
 
     def add(self, sample: Sample) -> None:
@@ -180,20 +200,30 @@ class StoreWriter:
             file = self._partial / f"{name}.bin"
             fsync_file(file)
             files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        (self._partial / _OWNER).unlink()
+        manifest = {"format": FORMAT, "facts": dict(facts), "files": files}
         write_json(
-            self._partial / MANIFEST, {"format": FORMAT, "facts": dict(facts), "files": files}
+            self._partial / MANIFEST, {"manifest": manifest, "sha256": _manifest_sha256(manifest)}
         )
-        if not self._path.exists():
-            replace_dir(self._partial, self._path)
+        (self._partial / _OWNER).unlink()
+        try:
+            self._partial.rename(self._path)
+            fsync_dir(self._path.parent)
+        except OSError as error:
+            # Another writer was quicker, and its store is the same.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove what writers left that are gone; one that may live, here or elsewhere, keeps its."""
+    me = Process.this()
     for partial in path.parent.glob(f"{path.name}.partial-*"):
+        host, _, pid = partial.name.rpartition(".partial-")[2].rpartition("-")
         try:
             owner = Process(**json.loads((partial / _OWNER).read_text(encoding="utf-8")))
+            gone = owner.is_gone()
         except (OSError, ValueError, TypeError):
-            continue
-        if owner.is_gone():
+            # Killed before it had said who it is, or after it was done.
+            gone = host == me.host and start_ticks(int(pid)) is None if pid.isdigit() else None
+        if gone:
             remove_tree(partial)

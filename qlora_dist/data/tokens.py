@@ -70,6 +70,9 @@ def tokenize(
         if spans and example.answer_spans is not None:
             starts = np.array([start for start, _ in encoded["offset_mapping"][index]])
             marks[:-1] = _inside(starts, example.answer_spans)
+            # EOS is the assistant's where the last words are.
+            last = max((end for _, end in example.answer_spans), default=0)
+            marks[-1] = last >= len(example.target.rstrip())
         samples.append(_cut(source, [*target, eos], marks, data, learn_source=learn == "all"))
     return samples
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from qlora_dist.errors import ModelError
+
 VARLEN = "varlen"
 
 
@@ -30,6 +32,10 @@ def _attention(
     scaling: float,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each sample.
@@ -42,10 +48,19 @@ def _attention(
         scaling: Factor of the scores.
         cu_seq_lens_q: Bounds of the samples, int32 of shape ``(samples + 1,)``.
         max_length_q: Tokens of the longest sample.
+        sliding_window: Tokens that each token sees, itself counted; None: all before it.
+        dropout: Must be 0.
+        softcap: Must be None, as the kernel knows none.
+        s_aux: Must be None.
 
     Returns:
         Shape ``(1, tokens, heads, head_dim)``, and no weights.
+
+    Raises:
+        ModelError: The model's attention is of a kind that this kernel does not compute.
     """
+    if dropout or softcap is not None or s_aux is not None:
+        raise ModelError("model.attention: varlen has no dropout, soft cap or sinks; use sdpa")
     from torch.nn.attention.varlen import varlen_attn
 
     repeats = query.shape[1] // key.shape[1]
@@ -61,6 +76,6 @@ def _attention(
         max_length_q,
         max_length_q,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
     )
     return out[None], None

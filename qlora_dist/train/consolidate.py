@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qlora_dist import checkpoints, faults
-from qlora_dist.checkpoints import Checkpoint
+from qlora_dist.checkpoints import Checkpoint, newest_step
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import CheckpointError, ModelError, RunDirError, UserError
 from qlora_dist.files import remove_tree, replace_dir, write_json
@@ -40,7 +40,7 @@ def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
         remove_tree(new)
         new.mkdir(mode=0o700)
         faults.reach("consolidation")
-        _write_config(checkpoint, spec, new)
+        _write_config(checkpoint, spec, new, newest_step(run.checkpoints))
         with safe_open(checkpoint.path / ADAPTER, "pt") as file:
             entries = {key: Entry.in_file(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
             write_tensors(new / PEFT_WEIGHTS, entries, metadata={"format": "pt"})
@@ -52,6 +52,19 @@ def consolidate(run: RunDir, spec: RunSpec, which: str = "last") -> Checkpoint:
         checkpoints.discard(new)
         raise CheckpointError(checkpoints.storage_message(error, run.adapter)) from error
     return checkpoint
+
+
+def consolidated_at(run: RunDir) -> int | None:
+    """The newest committed step when RUN/adapter was written; None where there is none.
+
+    An adapter of an older checkpoint may have been chosen by hand; one that was written when the
+    run was shorter is out of date.
+    """
+    try:
+        tree = json.loads((run.adapter / "training.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return int(tree.get("newest_step", tree["step"]))
 
 
 def find_checkpoint(run: RunDir, which: str) -> Checkpoint:
@@ -82,7 +95,7 @@ def find_checkpoint(run: RunDir, which: str) -> Checkpoint:
     return checkpoints.open_checkpoint(paths[step])
 
 
-def _write_config(checkpoint: Checkpoint, spec: RunSpec, folder: Path) -> None:
+def _write_config(checkpoint: Checkpoint, spec: RunSpec, folder: Path, newest: int) -> None:
     from peft import LoraConfig
 
     state = json.loads((checkpoint.path / STATE).read_text(encoding="utf-8"))
@@ -103,6 +116,7 @@ def _write_config(checkpoint: Checkpoint, spec: RunSpec, folder: Path) -> None:
         {
             "run": spec.name,
             "step": checkpoint.step,
+            "newest_step": newest,
             "spec_sha256": checkpoint.manifest["spec_sha256"],
             "versions": checkpoint.manifest["versions"],
             "spec": spec.model_dump(mode="json"),

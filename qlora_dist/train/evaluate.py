@@ -18,6 +18,7 @@ def evaluation_loss(
     model: Any,
     samples: Sequence[Sample],
     *,
+    num_targets: int,
     world: World,
     micro_size: int,
     flat: bool,
@@ -25,7 +26,7 @@ def evaluation_loss(
     autocast: Callable[[], AbstractContextManager[Any]],
     check_stop: Callable[[], None],
 ) -> float:
-    """Mean loss over all target tokens of ``samples``, in nats; the same on every rank.
+    """Mean loss over the ``num_targets`` targets of ``samples``, in nats; the same on every rank.
 
     Raises:
         Preempted: From ``check_stop``, between two batches.
@@ -46,7 +47,7 @@ def evaluation_loss(
                 with autocast():
                     losses.append(float(summed_loss(model, batch)))
     total = math.fsum(row[0] for row in world.gather([math.fsum(losses)]))
-    return total / sum(sample.num_targets for sample in samples)
+    return total / num_targets
 
 
 @contextmanager

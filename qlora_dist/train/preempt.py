@@ -8,9 +8,7 @@ import signal
 import types
 from pathlib import Path
 
-from qlora_dist.process import die_with_parent
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from qlora_dist.process import STOP_SIGNALS, die_with_parent
 
 
 class Preempted(Exception):
@@ -30,7 +28,7 @@ class StopRequest:
 
     def install(self) -> None:
         """Handle signals, and ask for one when torchrun ends without us."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         die_with_parent()
 

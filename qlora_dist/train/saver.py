@@ -4,6 +4,7 @@ Training waits only for the copy into host memory. A thread of each rank writes 
 commit it together, over a control group of their own.
 """
 
+import contextlib
 import threading
 import time
 import traceback
@@ -54,8 +55,10 @@ class _Save(threading.Thread):
         try:
             self._write(self)
         except Exception as error:
-            traceback.print_exc()
-            self.problem, self.bug = self.problem or str(error), error
+            self.problem, self.bug = self.problem or repr(error), error
+            # Standard error may be a file on the disk that is full.
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
         self.seconds = time.monotonic() - begin
 
 
@@ -75,6 +78,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._save: _Save | None = None
         self._tried = self._committed = committed
+        self._kept_best = committed.best_step
         self._retry_step, self._backoff = 0, 1
 
     def prepare(self) -> None:
@@ -266,6 +270,13 @@ class Saver:
             raise bug
         return problem
 
+    def _best_steps(self, state: TrainState) -> set[int | None]:
+        """The best step, and the one before if the best's own save failed."""
+        best = state.best_step
+        if best and checkpoints.final_path(self._part.run.checkpoints, best).exists():
+            self._kept_best = best
+        return {best, self._kept_best}
+
     def _retain(self, state: TrainState) -> None:
         keep = self._part.spec.checkpoint
         try:
@@ -273,7 +284,7 @@ class Saver:
                 self._part.run.checkpoints,
                 keep_last=keep.keep_last,
                 keep_every=keep.keep_every,
-                best_step=state.best_step if keep.keep_best else None,
+                best_steps=self._best_steps(state) if keep.keep_best else set(),
             )
         except OSError as error:
             self._say(f"old checkpoints could not be removed: {error}")

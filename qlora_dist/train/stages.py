@@ -1,5 +1,6 @@
 """Training from a run directory to an adapter, stage by stage; each is a module of its own."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +27,7 @@ from qlora_dist.spec import RunSpec
 from qlora_dist.train.adapters import add_adapter, target_modules, trainable
 from qlora_dist.train.attention import VARLEN
 from qlora_dist.train.checkpoint import Part, TrainState, restore
-from qlora_dist.train.consolidate import consolidate
+from qlora_dist.train.consolidate import consolidate, consolidated_at
 from qlora_dist.train.generators import seed_rng
 from qlora_dist.train.load import check_shape, linear_layers, load_base
 from qlora_dist.train.log import EverySoOften, Metrics, RunLog
@@ -154,7 +155,7 @@ def _train(
         saver.close()
         finish_tracking()
     # A run that was finished already keeps the adapter that it has, which may be a chosen one.
-    if world.rank == 0 and (end.step > state.step or not run.adapter.exists()):
+    if world.rank == 0 and consolidated_at(run) != end.step:
         consolidate(run, spec)
         log.say(f"adapter written to {run.adapter}")
     world.barrier()
@@ -166,13 +167,14 @@ def _attempt(run: RunDir, place: Place, world: World) -> Iterator[int]:
     if place.attempt is not None:
         yield place.attempt
     elif world.rank == 0:
-        try:
-            with own(run) as number:
-                world.from_rank_0(number)
-                yield number
-        except RunDirError as error:
-            world.from_rank_0(str(error))
-            raise
+        with contextlib.ExitStack() as stack:
+            try:
+                number = stack.enter_context(own(run))
+            except RunDirError as error:
+                world.from_rank_0(str(error))
+                raise
+            world.from_rank_0(number)
+            yield number
     else:
         told = world.from_rank_0(None)
         if isinstance(told, str):
@@ -231,7 +233,9 @@ def _open_store(run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log
 
         check()
         try:
-            store = ensure_store(spec, load_tokenizer(spec), folder, on_rows=on_rows, say=log.say)
+            store = ensure_store(
+                spec, load_tokenizer(spec), folder, on_rows=on_rows, on_chunk=check, say=log.say
+            )
         except OSError as error:
             raise QLoRAError(checkpoints.storage_message(error, folder)) from error
         return store.path.name
@@ -311,12 +315,15 @@ def _accelerate(
         run.tracking.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}}
     )
 
+    # Curves are a convenience: a disk that refuses them must not end a run. metrics.jsonl has all.
     def track(values: dict[str, float], step: int) -> None:
-        accelerator.log(values, step=step)
+        with contextlib.suppress(OSError):
+            accelerator.log(values, step=step)
 
     def finish() -> None:
         # Accelerate's end_training would take the process group down with the trackers.
         for item in accelerator.trackers:
-            item.finish()
+            with contextlib.suppress(OSError):
+                item.finish()
 
     return accelerator.autocast, track, finish

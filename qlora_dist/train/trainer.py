@@ -228,6 +228,7 @@ def _evaluate(t: Training, state: TrainState) -> TrainState:
     loss = evaluation_loss(
         t.model,
         t.corpus.validation,
+        num_targets=t.corpus.num_validation_targets,
         world=t.world,
         micro_size=t.plan.spec.evaluation.micro_size,
         flat=t.flat,
@@ -240,6 +241,7 @@ def _evaluate(t: Training, state: TrainState) -> TrainState:
     t.say(f"step {state.step}: held-out loss {loss:.4f}")
     state = replace(state, evaluated_step=state.step)
     # Step 0 is the base's own loss, which has no checkpoint to keep.
-    if state.step > 0 and (state.best_loss is None or loss < state.best_loss):
+    best = math.inf if state.best_loss is None else state.best_loss
+    if state.step > 0 and loss < best:
         state = replace(state, best_step=state.step, best_loss=loss)
     return state

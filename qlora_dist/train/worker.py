@@ -4,6 +4,7 @@ This file is what surrounds training: signals, logs, and a file that says how th
 The stages themselves are in ``qlora_dist.train.stages``.
 """
 
+import contextlib
 import os
 import sys
 import traceback
@@ -52,22 +53,29 @@ def main(run_path: str) -> int:
         code, cause = ends.PREEMPTED, f"stopped after step {progress.step}"
     except QLoRAError as error:
         code, cause = error.exit_code, str(error)
-        sys.stderr.write(f"{cause}\n")
+        _complain(f"{cause}\n")
     except OSError as error:
-        traceback.print_exc()
+        _complain(traceback.format_exc())
         code, cause = ends.FAILED, storage_message(error, run.root)
     except Exception as error:
-        traceback.print_exc()
+        _complain(traceback.format_exc())
         code, cause = ends.FAILED, f"{type(error).__name__}: {error}"
     if progress.attempt is not None:
         path = run.rank_file(progress.attempt, place.rank)
         try:
             ends.write_rank_end(path, rank=place.rank, code=code, cause=cause, step=progress.step)
         except OSError as error:
-            sys.stderr.write(f"{storage_message(error, path)}\n")
+            _complain(f"{storage_message(error, path)}\n")
     if place.attempt is None:
         return code
     return 0 if code in _AGREED else code
+
+
+def _complain(text: str) -> None:
+    """Write to standard error, which may be a file on a disk that is full."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

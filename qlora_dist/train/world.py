@@ -41,6 +41,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    _timeout: timedelta = timedelta(minutes=30)
     _control: Any = None
     _store: Any = None
 
@@ -73,7 +74,7 @@ class World:
             device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(rank, size, device, control, PrefixStore("qlora", store))
+        return cls(rank, size, device, timeout, control, PrefixStore("qlora", store))
 
     def second(self) -> "World":
         """The same processes over a control group of their own, for a thread beside this one's.
@@ -82,7 +83,7 @@ class World:
         """
         if self.size == 1:
             return self
-        return replace(self, _control=dist.new_group(backend="gloo"))
+        return replace(self, _control=dist.new_group(backend="gloo", timeout=self._timeout))
 
     def stop(self) -> None:
         """Leave the other processes."""

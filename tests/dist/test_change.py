@@ -1,6 +1,7 @@
 """A run goes on with other processes or another length, and not with another method."""
 
 import json
+import shutil
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_a_finished_run_can_be_made_longer(config, qlora, tmp_path):
     ours, theirs = records(short), records(long)
     steps = [key for key in theirs if key[0] == "train"]
     assert [ours[key] for key in steps] == [theirs[key] for key in steps]
+    # The adapter is the longer run's too, even if it was lost sight of in between.
+    training = short.adapter / "training.json"
+    tree = json.loads(training.read_text())
+    assert tree["step"] == tree["newest_step"] == 9
+    training.write_text(json.dumps(tree | {"step": 6, "newest_step": 6}))
+    assert "adapter written" in qlora("resume", short.root).stdout
+    assert json.loads(training.read_text())["step"] == 9
 
 
 def test_fewer_steps_than_are_done_are_refused(whole_run, copy_of, qlora):
@@ -67,7 +75,17 @@ def test_another_method_is_refused_key_by_key(whole_run, copy_of, qlora):
     assert "optimizer.lr: was 0.001, is 1.0" in done.stderr
     assert "seed: was 7, is 8" in done.stderr
     assert "name: was" not in done.stderr
+    qlora("resume", run.root, "strategy.kind=fsdp", code=2)
+    qlora("resume", run.root, "schedule.steps=1", code=2)
     assert run.run_json.read_bytes() == before
+
+
+def test_a_trained_run_is_never_replaced_by_another_spec(whole_run, copy_of, qlora, config):
+    run = copy_of(whole_run)
+    shutil.rmtree(run.checkpoints)
+    done = qlora("run", config(run_dir=str(run.root)), "optimizer.lr=1.0", code=2)
+    assert "belongs to another spec" in done.stderr
+    assert run.adapter.is_dir()
 
 
 def test_a_run_json_that_was_edited_by_hand_is_noticed_at_the_checkpoint(

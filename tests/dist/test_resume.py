@@ -108,10 +108,15 @@ def test_a_second_launcher_is_refused_and_a_killed_one_is_succeeded(
     assert not half_run.owner_json.exists()
 
 
-def test_a_signal_to_one_rank_stops_all_and_loses_nothing(whole_run, half_run, qlora, start):
+def test_a_signal_to_one_rank_or_to_the_launcher_stops_all_and_loses_nothing(
+    whole_run, half_run, qlora, start
+):
     launcher = start("resume", half_run.root, count=len(records(half_run)) + 1)
     rank = json.loads(half_run.rank_file(1, 1).read_text())["process"]["pid"]
-    os.kill(rank, signal.SIGUSR1)
+    os.kill(rank, signal.SIGHUP)
+    assert launcher.wait(60) == 85
+    launcher = start("resume", half_run.root, count=len(records(half_run)) + 1)
+    launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(60) == 85
     qlora("resume", half_run.root)
     assert differences(whole_run, half_run) == []

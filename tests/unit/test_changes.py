@@ -10,7 +10,7 @@ from qlora_dist.resume import (
     check_change,
     spec_sha256,
 )
-from qlora_dist.spec import RunSpec
+from qlora_dist.spec import DatasetSection, RunSpec
 from qlora_dist.spec_file import spec_from_tree
 from tests.unit.test_spec import GOOD
 
@@ -26,7 +26,8 @@ def keys_of(model, prefix=""):
 
 
 def test_the_tables_name_keys_that_there_are():
-    assert set(keys_of(RunSpec)) >= FREE | NOT_THE_SAME_BITS | CHECKED_BY_CONTENT
+    mixed = {f"data.mix.{name}" for name in DatasetSection.model_fields}
+    assert set(keys_of(RunSpec)) | mixed >= FREE | NOT_THE_SAME_BITS | CHECKED_BY_CONTENT
     assert not FREE & NOT_THE_SAME_BITS
 
 
@@ -86,6 +87,27 @@ def test_a_mix_reads_back_from_json():
     spec = spec_from_tree({**GOOD, "data": {"mix": mix, "max_tokens": 9}})
     assert spec_from_tree(spec.model_dump(mode="json")) == spec
     assert [dataset.weight for dataset in spec.data.datasets] == [1, 2]
+
+
+def test_a_mix_may_move_and_not_change():
+    def make(source, weight):
+        mix = [
+            {"source": source, "format": "ptt"},
+            {"source": "b", "format": "ptt", "weight": weight},
+        ]
+        return spec_from_tree({**GOOD, "data": {"mix": mix, "max_tokens": 9}})
+
+    assert check_change(make("a.txt", 1), make("elsewhere/a.txt", 1)) == []
+    with pytest.raises(PlanError, match=r"data\.mix\.1\.weight: was 1, is 2"):
+        check_change(make("a.txt", 1), make("a.txt", 2))
+
+
+def test_a_mistake_inside_a_mix_is_named_by_its_key():
+    mix = [{"source": "a.txt", "weight": 0, "fromat": "ptt"}]
+    with pytest.raises(SpecError) as error:
+        spec_from_tree({**GOOD, "data": {"mix": mix, "max_tokens": 9}})
+    lines = [line.partition(":")[0] for line in error.value.problems]
+    assert sorted(lines) == ["data.mix.0.format", "data.mix.0.fromat", "data.mix.0.weight"]
 
 
 @pytest.mark.parametrize("key", ["source=a.jsonl", "format=ptt", "learn=all"])

@@ -100,7 +100,7 @@ def test_old_ones_go_but_for_the_best_and_those_kept_for_good(tmp_path):
     folder = tmp_path / "c"
     for step in (10, 15, 20, 30, 40):
         make(folder, step)
-    checkpoints.retain(folder, keep_last=2, keep_every=20, best_step=10)
+    checkpoints.retain(folder, keep_last=2, keep_every=20, best_steps={10, None})
     assert sorted(p.name for p in folder.iterdir()) == [
         *("step_000010", "step_000020", "step_000030", "step_000040"),
     ]
@@ -110,7 +110,7 @@ def test_a_running_save_never_costs_the_last_valid_one(tmp_path):
     folder = tmp_path / "c"
     make(folder, 10)
     checkpoints.begin(folder, 20)
-    checkpoints.retain(folder, keep_last=1, keep_every=None, best_step=None)
+    checkpoints.retain(folder, keep_last=1, keep_every=None, best_steps=set())
     found, _ = checkpoints.newest_valid(folder)
     assert found.step == 10
     assert [p.name for p in folder.iterdir()] == ["step_000010"]

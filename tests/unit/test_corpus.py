@@ -121,7 +121,13 @@ def test_whatever_decides_the_tokens_is_in_the_name(pairs, pairs_file, tokenizer
 def test_a_damaged_store_is_found_and_made_anew(pairs, tokenizer, tmp_path):
     spec = pairs(packing=True)
     good = ensure_store(spec, tokenizer, tmp_path)
-    for name in ("tokens.bin", "pack_members.bin", "corpus.json"):
+    told = json.loads((good.path / "corpus.json").read_text())
+    told["manifest"]["facts"]["num_rows"] += 1
+    (good.path / "corpus.json").write_text(json.dumps(told))
+    said: list[str] = []
+    assert ensure_store(spec, tokenizer, tmp_path, say=said.append).sha256 == good.sha256
+    assert "was changed after it was written" in said[0]
+    for name in ("corpus.json", "tokens.bin", "pack_members.bin"):
         file = good.path / name
         for damage in (b"", file.read_bytes()[:-1] + b"\x07", None):
             if damage is None:

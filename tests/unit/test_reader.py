@@ -1,6 +1,7 @@
 """Files of every kind give their rows, as text and in order."""
 
 import json
+import os
 
 import pytest
 
@@ -38,6 +39,16 @@ def test_csv_fields_stay_the_text_that_they_are(tmp_path):
             {"question": "為什麼", "answer": ""},
             {"question": "3", "answer": "two\nlines"},
         ]
+
+
+def test_new_content_with_an_old_time_is_not_taken_for_the_old(tmp_path):
+    """As rsync -t and tar leave it; ``datasets`` itself looks at the time only."""
+    path = write(tmp_path / "x.jsonl", '{"input": "a", "output": "b"}\n')
+    stat = path.stat()
+    assert rows(path) == [{"input": "a", "output": "b"}]
+    write(path, '{"input": "c", "output": "d"}\n')
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert rows(path) == [{"input": "c", "output": "d"}]
 
 
 def test_tsv_has_a_header_and_txt_has_lines(tmp_path):

@@ -92,6 +92,12 @@ def test_of_a_conversation_only_the_answers_are_learned(words):
     assert one(words, example, 32, "all").learned.all()
 
 
+def test_the_end_is_learned_where_the_last_words_are_the_assistants(words):
+    ends_with_human = Example("", "a b c d e", ((4, 6),))
+    assert one(words, ends_with_human, 32, "answer").learned.tolist()[-1:] == [False]
+    assert one(words, Example("", "a b", ()), 32, "answer") is None
+
+
 def test_the_template_surrounds_the_source(words):
     data = DataSection(source="x", format="ptt", max_tokens=32)
     sample = tokenize([Example("b", "c")], words, data, template="a {source} d", learn="answer")[0]
