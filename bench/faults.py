@@ -29,6 +29,12 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 10, 3, 4
 COUNTS = {"accumulation": 8, "save-after": 2, "evaluation": 4} | {
     moment: 2 for moment in MOMENTS if moment.startswith("save-")
 }
+# How often a whole run comes to each moment, and the moments that rank 0 alone comes to.
+TIMES = {"first-step": 10, "accumulation": 20, "evaluation": 8, "epoch-end": 2} | {
+    moment: 5 for moment in MOMENTS if moment.startswith("save-")
+}
+RANK_0 = {moment for moment in MOMENTS if moment.startswith("save-")} - {"save-write"}
+RANK_0 |= {"tokenising", "consolidation"}
 DISK_BYTES = 4 << 20
 
 
@@ -220,19 +226,13 @@ def draw(seed, count):
     """Schedules of two faults each."""
     rng = random.Random(seed)
     for _ in range(count):
-        processes = rng.choice([1, 2])
-        yield (
-            [
-                Row(
-                    rng.choice(MOMENTS),
-                    rng.choice([k for k in KINDS if k != "full-disk"]),
-                    rng.randint(1, 6),
-                    rng.randrange(processes),
-                )
-                for _ in range(2)
-            ],
-            processes,
-        )
+        processes, rows = rng.choice([1, 2]), []
+        for _ in range(2):
+            moment = rng.choice(MOMENTS)
+            kind = rng.choice([k for k in KINDS if k != "full-disk"])
+            rank = 0 if moment in RANK_0 else rng.randrange(processes)
+            rows.append(Row(moment, kind, rng.randint(1, TIMES.get(moment, 1)), rank))
+        yield rows, processes
 
 
 def main():
