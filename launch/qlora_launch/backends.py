@@ -39,5 +39,10 @@ def get_backend(name: str) -> Backend:
             f"resources.backend: {name} does not run yet; what runs: {', '.join(BACKENDS)}"
         )
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    try:
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+    except ModuleNotFoundError as error:
+        raise PlanError(
+            f"resources.backend: {name} needs {error.name}; pip install 'qlora-dist[{name}]'"
+        ) from error
     return backend
