@@ -28,8 +28,8 @@ from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
 from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, requeue, run_command, show_job
 
-# What follows an attempt.
-Next = Literal["nothing", "requeue", "new job"]
+# What follows an attempt; "requeued" was Slurm's own doing.
+Next = Literal["nothing", "requeue", "requeued", "new job"]
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
@@ -96,7 +96,7 @@ def decide(
     if end.code in (ends.DONE, ends.USER_ERROR, ends.NEVER_RESTART):
         return "nothing", "a restart would change nothing"
     if view is not None and view.restarts != job.restart:
-        return "nothing", "Slurm has requeued it already"
+        return "requeued", "Slurm has requeued it already"
     if cancelled or (
         view is not None and view.state == "COMPLETING" and view.reason != "TimeLimit"
     ):

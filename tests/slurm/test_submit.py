@@ -99,7 +99,7 @@ def test_a_run_that_is_preempted_three_times_ends_as_the_unbroken_run(
     now = standing(*open_run(run.root))
     assert [row.code for row in now.attempts] == [85, 85, 85, 0]
     assert [row.lost_steps for row in now.attempts] == [0, 0, 0, 0]
-    assert [row.following for row in now.attempts] == ["requeue"] * 3 + ["nothing"]
+    assert [row.following for row in now.attempts] == ["requeued"] * 3 + ["nothing"]
     assert now.attempts[-1].last_step == 60
     table = run_qlora(tmp_path, "status", run.root).stdout
     assert "done: trained to the last step" in table

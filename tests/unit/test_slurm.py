@@ -34,8 +34,8 @@ def make_end(code):
         (ends.FAILED, RUNNING, 1, "requeue"),
         (ends.FAILED, RUNNING, MAX_FAILURES, "nothing"),
         # Requeued by Slurm or an administrator while the ranks were saving.
-        (ends.PREEMPTED, JobView("COMPLETING", "None", 1, True, "n1"), 0, "nothing"),
-        (ends.PREEMPTED, JobView("PENDING", "BeginTime", 1, True, ""), 0, "nothing"),
+        (ends.PREEMPTED, JobView("COMPLETING", "None", 1, True, "n1"), 0, "requeued"),
+        (ends.PREEMPTED, JobView("PENDING", "BeginTime", 1, True, ""), 0, "requeued"),
         # scancel: a requeue would bring it back to life.
         (ends.PREEMPTED, JobView("COMPLETING", "None", 0, True, "n1"), 0, "nothing"),
         (ends.PREEMPTED, JobView("COMPLETING", "TimeLimit", 0, True, "n1"), 0, "requeue"),
