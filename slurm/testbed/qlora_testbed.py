@@ -25,15 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _up(parsed: argparse.Namespace) -> None:
-    settings = Settings(
-        num_nodes=parsed.nodes,
-        gpus_per_node=parsed.gpus,
-        accounting=parsed.accounting,
-        grace_s=parsed.grace,
-        preempt_send_user_signal=parsed.user_signal,
-        job_requeue=not parsed.no_job_requeue,
-        proctrack=parsed.proctrack,
-    )
+    try:
+        settings = Settings(
+            num_nodes=parsed.nodes,
+            gpus_per_node=parsed.gpus,
+            accounting=parsed.accounting,
+            grace_s=parsed.grace,
+            preempt_send_user_signal=parsed.user_signal,
+            job_requeue=not parsed.no_job_requeue,
+            proctrack=parsed.proctrack,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
     testbed = Testbed(parsed.folder, settings)
     testbed.up()
     print(f"Slurm is up, with {settings.num_nodes} nodes. Next:\n")

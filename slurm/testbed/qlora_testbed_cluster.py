@@ -263,7 +263,10 @@ class Testbed:
 
     def _kill_jobs(self, nodes: tuple[str, ...]) -> None:
         # Again, until there is none: one that was just starting another may have been ahead.
+        deadline = time.monotonic() + 30
         while processes := job_processes(self.place, nodes):
+            if time.monotonic() > deadline:
+                raise QLoRAError(f"not ended by SIGKILL in 30 s: {processes}")
             for found in processes:
                 send(found.process, signal.SIGKILL)
             time.sleep(0.02)
