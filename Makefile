@@ -14,7 +14,8 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test clean
+.PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test slurm-testbed \
+	slurm-testbed-down clean
 
 setup: $(VENV)/.ready
 
@@ -74,6 +75,12 @@ gpu-exact:
 gpu-test:
 	$(PYTHON) tools/need.py gpu-test
 	$(PYTHON) -m pytest tests/gpu
+
+slurm-testbed: $(READY)
+	$(PYTHON) slurm/testbed/qlora_testbed.py up .cache/slurm $(ARGS)
+
+slurm-testbed-down: $(READY)
+	$(PYTHON) slurm/testbed/qlora_testbed.py down .cache/slurm
 
 clean:
 	rm -rf $(VENV) .cache runs build dist
