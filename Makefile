@@ -15,7 +15,7 @@ READY :=
 endif
 
 .PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test slurm-testbed \
-	slurm-testbed-down clean
+	slurm-testbed-down slurm-test clean
 
 setup: $(VENV)/.ready
 
@@ -75,6 +75,10 @@ gpu-exact:
 gpu-test:
 	$(PYTHON) tools/need.py gpu-test
 	$(PYTHON) -m pytest tests/gpu
+
+# Minutes, and a Slurm of its own; needs Debian's slurm-wlm, slurmdbd, munge, mariadb-server and root.
+slurm-test: $(READY)
+	$(PYTHON) -m pytest tests/slurm
 
 slurm-testbed: $(READY)
 	$(PYTHON) slurm/testbed/qlora_testbed.py up .cache/slurm $(ARGS)
