@@ -239,9 +239,10 @@ class Testbed:
         if self.settings.accounting:
             self._start_database()
         self._start_daemon("slurmctld", argv.slurmctld(self.place))
+        # Before the nodes, which end of the same mistakes in slurm.conf and say less about them.
+        self._daemons.wait_for("slurmctld", partial(self._works, "scontrol", "ping"))
         for name in self.settings.nodes:
             self._start_daemon(name, argv.slurmd(self.place, name))
-        self._daemons.wait_for("slurmctld", partial(self._works, "scontrol", "ping"))
         for name in self.settings.nodes:
             self._daemons.wait_for(name, partial(self._takes_jobs, name))
 

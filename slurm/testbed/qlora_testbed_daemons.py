@@ -61,7 +61,7 @@ class Daemons:
         self._children.append(child)
         process = process_of(child.pid)
         if process is None:
-            raise QLoRAError(f"{name} ended at once; {self._log_end(name)}")
+            raise QLoRAError(f"{name} ended; {self._log_end(name)}")
         self._processes.pop(name, None)
         self._processes[name] = process
         self._write()

@@ -1,18 +1,22 @@
 """The testbed is a Slurm: it runs, preempts and requeues jobs, and loses nodes."""
 
-import signal
 import time
 
 import pytest
 
 from qlora_testbed import Settings
-from qlora_testbed_procs import send
 
 # The first attempt waits to be ended; the next says so and ends.
 WAITS_ONCE = """
 echo attempt ${SLURM_RESTART_COUNT:-0}
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
 srun bash -c 'echo running on $SLURMD_NODENAME; sleep 300'
+"""
+
+TWO_SESSIONS = """
+tell() { trap "echo $1 told" USR1; echo $1 waits; while [ ! -e stop ]; do sleep 0.1; done; }
+export -f tell
+srun bash -c 'setsid bash -c "tell inner" & tell outer; wait'
 """
 
 
@@ -74,21 +78,23 @@ def test_jobs_of_a_lost_node_are_requeued(testbed, submit):
     assert job.field("Restarts") == "1"
 
 
-@pytest.mark.parametrize(("proctrack", "survivors"), [("linuxproc", 0), ("pgid", 1)])
-def test_a_process_in_a_session_of_its_own_outlives_its_job_under_pgid_only(
-    testbed, submit, changed, proctrack, survivors
+@pytest.mark.parametrize(("proctrack", "told"), [("linuxproc", True), ("pgid", False)])
+def test_a_signal_reaches_a_process_in_a_session_of_its_own_under_linuxproc_only(
+    testbed, submit, changed, tmp_path, proctrack, told
 ):
-    changed(proctrack=proctrack, kill_wait_s=1)
-    # linuxproc knows processes by their parents: it would not know one whose parent ended first.
-    job = submit(testbed, "trap '' TERM; setsid sleep 300 & echo started; wait")
-    job.wait_for_line("started")
-    testbed.run("scancel", job.id)
-    job.wait_for("CANCELLED")
+    changed(proctrack=proctrack)
+    job = submit(testbed, TWO_SESSIONS)
+    job.wait_for_line("outer waits")
+    job.wait_for_line("inner waits")
+    testbed.run("scancel", "--signal=USR1", job.id)
+    job.wait_for_line("outer told")
+    if told:
+        job.wait_for_line("inner told")
+    time.sleep(0.5)
+    assert ("inner told" in job.lines()) == told
+    # Under pgid the inner one would outlive a cancelled job, and the node be drained for it.
+    (tmp_path / "stop").touch()
     testbed.wait_idle()
-    left = testbed.processes()
-    for found in left:
-        send(found.process, signal.SIGKILL)
-    assert [found.command for found in left] == ["sleep 300"] * survivors
 
 
 def test_accounting_knows_every_attempt_beside_a_testbed_without_it(testbed, submit, make):
