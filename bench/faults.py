@@ -116,7 +116,8 @@ class Faults:
         lost, allowed = [], []
         for attempt, row in enumerate(rows):
             done = steps[attempt] if codes[attempt] else 0
-            lost.append(max(0, done - resumed.get(attempt + 1, 0)))
+            later = [step for number, step in sorted(resumed.items()) if number > attempt]
+            lost.append(max(0, done - later[0]) if later else done)
             allowed.append(0 if row.kind == "sigterm" else done - surely_saved(done))
         different = ["did not finish"] if code else differences(self.whole(processes), run)
         line = "  ".join(
@@ -214,11 +215,13 @@ def surely_saved(steps):
 
 
 def resume_points(run):
-    """Attempt -> step that it began after."""
+    """Attempt -> step that it began after, of those that came as far as that."""
     found = {}
     for log in run.attempts.glob("*/logs/run.log"):
-        match = re.search(r"resumed after step (\d+)", log.read_text(encoding="utf-8"))
-        found[int(log.parts[-3])] = int(match[1]) if match else 0
+        text = log.read_text(encoding="utf-8")
+        match = re.search(r"resumed after step (\d+)", text)
+        if match or "ready after" in text:
+            found[int(log.parts[-3])] = int(match[1]) if match else 0
     return found
 
 

@@ -35,6 +35,9 @@ _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
 # Attempts in a row that fail without a newly committed step, before the run is given up.
 MAX_FAILURES = 3
+# The same for attempts that were only stopped: a run that is stopped before its first step each
+# time would go through the queue for ever.
+MAX_IDLE = 10
 
 
 def main(run_path: str) -> int:
@@ -49,11 +52,13 @@ def main(run_path: str) -> int:
             # A step may be committed after its last rank has said how it ended.
             step = newest_step(run.checkpoints)
             view = _ask(job)
+            codes = [end.code, *codes_without_progress(run, step)]
             following, why = decide(
                 end,
                 job,
                 view,
-                failures=failures_in_a_row(run, end, step),
+                failures=_failures(codes),
+                idle=len(codes),
                 cancelled=run.cancel_file.exists(),
             )
             note(
@@ -79,7 +84,13 @@ def main(run_path: str) -> int:
 
 
 def decide(
-    end: RankEnd, job: SlurmJob, view: JobView | None, *, failures: int, cancelled: bool = False
+    end: RankEnd,
+    job: SlurmJob,
+    view: JobView | None,
+    *,
+    failures: int,
+    idle: int = 0,
+    cancelled: bool = False,
 ) -> tuple[Next, str]:
     """What follows an attempt; the one rule by which a run is requeued.
 
@@ -88,6 +99,7 @@ def decide(
         job: This execution.
         view: The job as Slurm shows it now; None if Slurm does not answer.
         failures: Attempts in a row, this one counted, that failed without a new committed step.
+        idle: Attempts in a row, this one counted, that committed no step, however they ended.
         cancelled: Whether `qlora cancel` was called.
 
     Returns:
@@ -103,27 +115,29 @@ def decide(
         return "nothing", "it was cancelled"
     if failures >= MAX_FAILURES:
         return "nothing", f"{failures} attempts in a row failed without a new committed step"
+    if idle >= MAX_IDLE:
+        return "nothing", f"{idle} attempts in a row committed no step"
     if view is not None and not view.requeue:
         return "new job", "this job may not be requeued"
     return "requeue", "it goes on from its last committed step"
 
 
-def failures_in_a_row(run: RunDir, end: RankEnd, step: int) -> int:
-    """Failed attempts up to this one since a step was last committed."""
-    if end.code in (ends.PREEMPTED, ends.TIME_LIMIT, ends.DONE):
-        return 0
-    count = 1
+def codes_without_progress(run: RunDir, step: int) -> list[int]:
+    """How the attempts before this one ended, newest first, since a step was last committed."""
+    codes = []
     for folder in sorted(run.attempts.iterdir(), reverse=True):
         tree = json.loads((folder / "attempt.json").read_text(encoding="utf-8"))
-        if "end" not in tree:
-            continue
-        if tree["committed_step"] != step or tree["end"]["code"] in (
-            ends.PREEMPTED,
-            ends.TIME_LIMIT,
-        ):
-            break
-        count += 1
-    return count
+        if "end" in tree:
+            if tree["committed_step"] != step:
+                break
+            codes.append(int(tree["end"]["code"]))
+    return codes
+
+
+def _failures(codes: Sequence[int]) -> int:
+    """How many of the first codes are failures, in a row."""
+    stopped = [code in (ends.PREEMPTED, ends.TIME_LIMIT, ends.DONE) for code in codes]
+    return stopped.index(True) if True in stopped else len(codes)
 
 
 class _Stops:

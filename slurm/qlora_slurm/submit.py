@@ -18,6 +18,8 @@ from qlora_dist.scheduler import live_jobs
 from qlora_slurm.site_profile import Profile, load_profile
 
 _DEFAULT_TIME_MIN = 24 * 60
+# sbatch(1), --signal: it may come up to 60 s early. A job then needs time to start and to train.
+_EARLY_S, _START_S = 60, 60
 
 
 class SlurmBackend:
@@ -94,11 +96,19 @@ def parameters(plan: Plan, run_dir: Path) -> dict[str, Any]:
     if any(character in str(run_dir) for character in "\n|%\\"):
         # sbatch reads % in file names as patterns, and squeue's answer is read line by line.
         raise PlanError(f"run_dir: {str(run_dir)!r} holds a newline, |, % or \\; Slurm cannot")
+    minutes = _minutes(spec.resources.time)
+    if 60 * minutes < profile.signal_lead_s + _EARLY_S + _START_S:
+        least = -(-(profile.signal_lead_s + _EARLY_S + _START_S) // 60)
+        raise PlanError(
+            f"resources.time: {minutes} min leave nothing to train before the warning that "
+            f"signal_lead_s={profile.signal_lead_s} asks for, which may come a minute early; use "
+            f"at least 0:{least:02d}:00"
+        )
     named = ("partition", "account", "qos", "constraint", "exclude")
     values: dict[str, Any] = {
         "job_name": spec.name,
         "nodes": plan.topology.nodes,
-        "time": _minutes(spec.resources.time),
+        "time": minutes,
         "cpus_per_task": _cpus(plan),
         "use_srun": False,
         "stderr_to_stdout": True,

@@ -107,12 +107,12 @@ def test_a_run_that_is_preempted_three_times_ends_as_the_unbroken_run(
 
 def test_a_time_limit_saves_and_goes_back_into_the_queue(slurm, whole):
     run, _ = slurm(
-        resources__time="0:01:00",
-        schedule__steps=400,
+        resources__time="0:03:00",
+        schedule__steps=2000,
         checkpoint__every_steps=1000,
         evaluation__every_steps=None,
     )
-    wait_until(lambda: newest_attempt(run) == 1)
+    wait_until(lambda: newest_attempt(run) == 1, timeout_s=300)
     first = standing(*open_run(run.root)).attempts[0]
     assert first.code == 85, said(run)
     assert first.lost_steps == 0

@@ -1,14 +1,16 @@
 """Slurm without a Slurm: the batch script, what Slurm answers, and the rule of requeueing."""
 
+import json
 import shutil
 import subprocess
 
 import pytest
 
 from qlora_dist import ends
-from qlora_dist.batch import MAX_FAILURES, decide
+from qlora_dist.batch import MAX_FAILURES, MAX_IDLE, codes_without_progress, decide
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import SpecError, UserError
+from qlora_dist.layout import RunDir
 from qlora_dist.plan import make_plan
 from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, parse_job
 from qlora_dist.spec_file import spec_from_tree
@@ -50,6 +52,24 @@ def test_what_follows_an_attempt(code, view, failures, expected):
     assert why
 
 
+def test_a_run_that_never_commits_a_step_is_given_up():
+    end = make_end(ends.PREEMPTED)
+    assert decide(end, JOB, RUNNING, failures=0, idle=MAX_IDLE - 1)[0] == "requeue"
+    assert decide(end, JOB, RUNNING, failures=0, idle=MAX_IDLE)[0] == "nothing"
+
+
+def test_attempts_without_progress_are_counted_back_to_the_last_committed_step(tmp_path):
+    run = RunDir(tmp_path)
+    for number, (code, step) in enumerate([(1, 0), (85, 5), (85, 5), (1, 5), (1, 5)]):
+        run.attempt(number).mkdir(parents=True)
+        tree = {"end": {"code": code}, "committed_step": step}
+        (run.attempt(number) / "attempt.json").write_text(json.dumps(tree))
+    (tmp_path / "attempts" / "005").mkdir()
+    (tmp_path / "attempts" / "005" / "attempt.json").write_text("{}")
+    assert codes_without_progress(run, 5) == [1, 1, 85, 85]
+    assert codes_without_progress(run, 6) == []
+
+
 def test_an_answer_of_scontrol_is_read():
     text = (
         "JobId=7 JobName=a b UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) "
@@ -66,7 +86,7 @@ def test_an_array_element_is_named_by_array_and_index():
     assert SlurmJob.this({"SLURM_JOB_ID": "9"}) == SlurmJob("9", 0)
 
 
-def script(tmp_path, run_dir, profile=""):
+def script(tmp_path, run_dir, profile="", time="1-02:30:00"):
     file = tmp_path / "site.yaml"
     file.write_text(profile)
     spec = spec_from_tree(
@@ -78,7 +98,7 @@ def script(tmp_path, run_dir, profile=""):
                 "backend": "slurm",
                 "nodes": 2,
                 "gpus_per_node": 4,
-                "time": "1-02:30:00",
+                "time": time,
                 "profile": str(file),
             },
         }
@@ -122,6 +142,11 @@ def test_scripts_with_nasty_names_are_sound_shell(tmp_path, name):
         # SC2016 warns of the very quoting that keeps such names from running.
         check = ["shellcheck", "--exclude=SC2016", "-"]
         subprocess.run(check, input=text, text=True, check=True)
+
+
+def test_a_time_limit_that_the_warning_uses_up_is_refused(tmp_path):
+    with pytest.raises(UserError, match="use at least 0:14:00"):
+        script(tmp_path, tmp_path / "r", "signal_lead_s: 700\n", time="0:05:00")
 
 
 def test_a_run_dir_that_slurm_cannot_name_is_refused(tmp_path):
