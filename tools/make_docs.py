@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 os.environ["COLUMNS"] = "96"
 
 from qlora_dist.spec import RunSpec
-from qlora_launch.cli import make_parser
+from qlora_launch.parser import make_parser
 
 ROOT = Path(__file__).parent.parent
 

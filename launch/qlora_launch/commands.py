@@ -1,0 +1,314 @@
+"""What each verb of the command line does; all that is heavy is imported by the verb itself."""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_dist.ends import RankEnd
+    from qlora_dist.layout import RunDir
+    from qlora_dist.plan import CorpusFacts, Plan
+    from qlora_dist.spec import RunSpec
+
+
+def _say(line: str) -> None:
+    """Print a line of a long command; one that nobody can read any more must not end it."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        # Later lines go nowhere, and the interpreter's last flush does not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _warn(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def _load(args: argparse.Namespace) -> "RunSpec":
+    from qlora_dist.spec_file import load_spec
+
+    return load_spec(args.config, args.overrides)
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    """Say what a run takes."""
+    from qlora_dist.plan import make_plan
+
+    spec = _load(args)
+    # What is impossible is refused before the data is looked at.
+    make_plan(spec)
+    plan = make_plan(spec, _corpus_facts(spec))
+    if args.json:
+        import json
+
+        print(json.dumps(plan.to_json(), indent=2))
+    else:
+        from qlora_launch.show import plan_text
+
+        print(plan_text(plan))
+    return 0
+
+
+def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
+    """What is known of the data, if it has been tokenised before."""
+    from qlora_dist.data import notes
+    from qlora_dist.layout import corpora_dir, run_dir_of
+
+    path = notes.read(spec, corpora_dir(spec, run_dir_of(spec)))
+    if path is None:
+        return None
+    from qlora_dist.data.corpus import Corpus
+    from qlora_dist.data.schedule import corpus_facts
+    from qlora_dist.data.store import DamagedStoreError, open_store
+
+    try:
+        return corpus_facts(spec, Corpus(open_store(path, verify=False)))
+    except (FileNotFoundError, DamagedStoreError):
+        return None
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Write a run directory, and start it."""
+    from qlora_dist.errors import PlanError
+    from qlora_dist.plan import make_plan
+    from qlora_launch.render import render
+    from qlora_launch.rundir import absolute_paths, check_local_paths, write_run_dir
+    from qlora_launch.show import bundle_text
+
+    spec = absolute_paths(_load(args))
+    plan = make_plan(spec)
+    bundle = render(plan)
+    if args.dry_run:
+        print(bundle_text(bundle))
+        return 0
+    if plan.not_runnable:
+        raise PlanError("\n".join(plan.not_runnable))
+    check_local_paths(spec)
+    run = write_run_dir(bundle, spec)
+    if args.prepare:
+        _say(f"{run.root} is written; start it with: qlora resume {run.root}")
+        return 0
+    return _start(run, plan)
+
+
+def submit_command(args: argparse.Namespace) -> int:
+    """The same with Slurm as the backend."""
+    args.overrides = [*args.overrides, "resources.backend=slurm"]
+    return run_command(args)
+
+
+def resume_command(args: argparse.Namespace) -> int:
+    """Go on with a run, perhaps with changes."""
+    from qlora_dist.checkpoints import newest_step
+    from qlora_dist.errors import PlanError
+    from qlora_dist.layout import open_run
+    from qlora_dist.plan import make_plan
+    from qlora_dist.resume import check_change
+    from qlora_dist.spec_file import spec_from_tree
+    from qlora_launch.render import render
+    from qlora_launch.rundir import absolute_paths, change_run_dir
+    from qlora_launch.show import bundle_text
+
+    run, before = open_run(args.run)
+    spec = before
+    if args.overrides:
+        tree = before.model_dump(mode="json")
+        spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
+        check_change(before, spec)
+    plan = make_plan(spec.model_copy(update={"run_dir": str(run.root)}))
+    bundle = render(plan)
+    if args.dry_run:
+        print(bundle_text(bundle))
+        return 0
+    if plan.not_runnable:
+        raise PlanError("\n".join(plan.not_runnable))
+    done, steps = newest_step(run.checkpoints), spec.schedule.steps
+    if steps is not None and steps < done:
+        raise PlanError(
+            f"schedule.steps: {steps} steps, and the run has {done} behind it; use at least {done}"
+        )
+    if args.overrides:
+        change_run_dir(run, bundle)
+    return _start(run, plan)
+
+
+def _start(run: "RunDir", plan: "Plan") -> int:
+    from qlora_dist.ends import DONE, PREEMPTED
+    from qlora_launch.backends import get_backend
+
+    _say(f"run directory: {run.root}")
+    end = get_backend(plan.spec.resources.backend).submit(run, plan, say=_say)
+    if end is None:
+        return DONE
+    if end.code == DONE:
+        _say(f"done: {end.cause}")
+    elif end.code == PREEMPTED:
+        _say(f"{end.cause}; go on with: qlora resume {run.root}")
+    else:
+        sys.stderr.write(_failure_text(run, end))
+    return end.code
+
+
+def _failure_text(run: "RunDir", end: "RankEnd") -> str:
+    from qlora_dist.ends import SILENT, USER_ERROR
+    from qlora_dist.layout import newest_attempt
+
+    attempt = newest_attempt(run)
+    if end.code == USER_ERROR or attempt is None:
+        return f"qlora: {end.cause}\n"
+    if end.cause == SILENT:
+        logs = f"{run.rank_log(attempt, end.rank)} and {run.launcher_log(attempt)}"
+        return f"qlora: rank {end.rank} {end.cause}\nwhat it left: {logs}\n"
+    log = run.rank_log(attempt, end.rank)
+    return f"qlora: {end.cause}\nrank {end.rank} failed after step {end.step}; its log: {log}\n"
+
+
+def status_command(args: argparse.Namespace) -> int:
+    """Say where a run stands."""
+    from qlora_dist.layout import open_run
+    from qlora_dist.ledger import standing
+    from qlora_launch.show_runs import status_json, status_text
+
+    run, spec = open_run(args.run)
+    now = standing(run, spec)
+    if args.json:
+        import json
+
+        print(json.dumps(status_json(now), indent=2))
+    else:
+        print(status_text(run, spec, now))
+    return 0
+
+
+def list_command(args: argparse.Namespace) -> int:
+    """Say where every run of a folder stands."""
+    from qlora_launch.show_runs import list_text
+
+    print(list_text(args.folder.expanduser().absolute()))
+    return 0
+
+
+def logs_command(args: argparse.Namespace) -> int:
+    """Print what a run's newest attempt has said."""
+    from qlora_dist.layout import open_run
+    from qlora_launch.follow import follow
+
+    run, spec = open_run(args.run)
+    follow(run, spec, say=_say, rank=args.rank, to_the_end=args.follow)
+    return 0
+
+
+def cancel_command(args: argparse.Namespace) -> int:
+    """Have a run save and end for good."""
+    from qlora_dist.layout import open_run
+    from qlora_launch.cancel import cancel
+
+    run, spec = open_run(args.run)
+    _say(cancel(run, spec))
+    return 0
+
+
+def data_command(args: argparse.Namespace) -> int:
+    """Tokenise and show the data."""
+    from qlora_dist.data.build import ensure_store
+    from qlora_dist.data.corpus import Corpus
+    from qlora_dist.data.tokenizer import load_tokenizer
+    from qlora_dist.layout import corpora_dir, run_dir_of
+    from qlora_dist.plan import make_plan
+    from qlora_launch.show_data import report, samples_text
+
+    spec = _load(args)
+    make_plan(spec)
+    tokenizer = load_tokenizer(spec)
+    with _RowBar() as bar:
+        store = ensure_store(
+            spec, tokenizer, corpora_dir(spec, run_dir_of(spec)), on_rows=bar.update, say=_warn
+        )
+    corpus = Corpus(store, spec.evaluation.max_rows)
+    if args.json:
+        import json
+
+        print(json.dumps(report(spec, corpus), indent=2, ensure_ascii=False))
+        return 0
+    for key, value in report(spec, corpus).items():
+        print(f"{key + ':':<24}{value}")
+    print(samples_text(corpus, tokenizer, count=args.show, color=sys.stdout.isatty()), end="")
+    return 0
+
+
+class _RowBar:
+    """A progress bar over rows, drawn only where tokenising has to be done, on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> "_RowBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="row", desc="tokenising", dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+
+def consolidate_command(args: argparse.Namespace) -> int:
+    """Write a checkpoint as an adapter."""
+    from qlora_dist.layout import open_run
+    from qlora_dist.train.consolidate import consolidate
+
+    run, spec = open_run(args.run)
+    checkpoint = consolidate(run, spec, args.checkpoint)
+    _say(f"{run.adapter}: the adapter after step {checkpoint.step}")
+    return 0
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """Merge the adapter into the base."""
+    from qlora_dist.layout import open_run
+    from qlora_dist.train.export import export
+    from qlora_dist.train.ticker import Ticker
+
+    _silence_bars_without_terminal()
+    run, spec = open_run(args.run)
+    output = (args.output or run.merged).expanduser().absolute()
+    ticker = Ticker(_say, bar=sys.stderr.isatty())
+    done = export(run, spec, output, ticker, base=args.base, check=not args.no_check)
+    _say(
+        f"{output}: the {done.kind} base with the adapter merged into {done.num_matrices} matrices"
+    )
+    return 0
+
+
+def _silence_bars_without_terminal() -> None:
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    """Answer prompts."""
+    from qlora_dist.train.generate import Sampling, open_generator
+
+    _silence_bars_without_terminal()
+    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    generator = open_generator(Path(args.model), base_only=args.base, raw=args.raw)
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f"> {prompt}")
+        generator.answer(prompt, sampling, on_text=partial(print, end="", flush=True))
+        print()
+    return 0
