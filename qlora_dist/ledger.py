@@ -96,7 +96,7 @@ def _state(run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...]) -> tuple[st
                 return "running", f"job {owner['job']}"
         elif owner and Process(**owner).is_gone() is False:
             return "running", f"process {owner['pid']} on {owner['host']}"
-        if spec.resources.backend == "slurm" and (jobs := live_jobs(f"qlora:{run.root}")):
+        if spec.resources.backend == "slurm" and (jobs := live_jobs(run.root)):
             view = show_job(jobs[0])
             why = f", {view.state} ({view.reason})" if view else ""
             return "queued", f"job {jobs[0]}{why}"

@@ -156,8 +156,13 @@ def requeue(job: str) -> None:
         raise SchedulerError(f"scontrol requeue {job}: {done.stderr.strip()}")
 
 
-def live_jobs(comment: str) -> Sequence[str]:
-    """Ids of the caller's own jobs that carry a comment and are not over.
+def comment_of(run_dir: Path) -> str:
+    """What marks a job as one of a run's, in squeue."""
+    return f"qlora:{run_dir}"
+
+
+def live_jobs(run_dir: Path) -> Sequence[str]:
+    """Ids of the caller's own jobs of a run that are not over.
 
     Raises:
         SchedulerError: The controller does not answer.
@@ -166,4 +171,4 @@ def live_jobs(comment: str) -> Sequence[str]:
     if done.returncode:
         raise SchedulerError(f"squeue: {done.stderr.strip()}")
     rows = (line.strip().partition("|") for line in done.stdout.splitlines())
-    return [job for job, _, said in rows if said == comment]
+    return [job for job, _, said in rows if said == comment_of(run_dir)]

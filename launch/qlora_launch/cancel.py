@@ -34,7 +34,7 @@ def cancel(run: RunDir, spec: RunSpec) -> str:
     if now.state == "running" and attempt is not None:
         run.stop_file(attempt).touch(mode=0o600)
         return f"{now.detail} saves and ends, and is not requeued"
-    jobs = live_jobs(f"qlora:{run.root}")
+    jobs = live_jobs(run.root)
     done = run_command("scancel", *jobs)
     if done.returncode:
         raise UserError(f"scancel: {done.stderr.strip()}")

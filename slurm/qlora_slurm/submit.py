@@ -14,7 +14,7 @@ from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError, RunDirError, UserError
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Plan
-from qlora_dist.scheduler import live_jobs
+from qlora_dist.scheduler import comment_of, live_jobs
 from qlora_slurm.site_profile import Profile, load_profile
 
 _DEFAULT_TIME_MIN = 24 * 60
@@ -45,12 +45,13 @@ class SlurmBackend:
                 "resources.backend: slurm, and there is no sbatch on this machine; submit from a "
                 "login node, or use resources.backend=local"
             )
-        comment = comment_of(run.root)
-        if jobs := live_jobs(comment):
+        if jobs := live_jobs(run.root):
             raise RunDirError(
                 f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
                 f"scancel {' '.join(jobs)}"
             )
+        # Whoever submits a cancelled run wants it again, requeues and all.
+        run.cancel_file.unlink(missing_ok=True)
         folder = run.control / "submitit"
         folder.mkdir(mode=0o700, exist_ok=True)
         executor = SlurmExecutor(folder)
@@ -78,11 +79,6 @@ def batch_script(plan: Plan, run_dir: Path) -> str:
 def command(run_dir: Path) -> str:
     """What the batch script becomes: the batch process, with no shell around it."""
     return "exec " + shlex.join([sys.executable, "-m", "qlora_dist.batch", str(run_dir)])
-
-
-def comment_of(run_dir: Path) -> str:
-    """What marks a job as one of this run's, in squeue."""
-    return f"qlora:{run_dir}"
 
 
 def parameters(plan: Plan, run_dir: Path) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def test_what_follows_an_attempt(code, view, failures, expected):
     assert why
 
 
+def test_a_cancelled_run_is_not_requeued():
+    end = make_end(ends.PREEMPTED)
+    assert decide(end, JOB, RUNNING, failures=0, cancelled=True)[0] == "nothing"
+
+
 def test_a_run_that_never_commits_a_step_is_given_up():
     end = make_end(ends.PREEMPTED)
     assert decide(end, JOB, RUNNING, failures=0, idle=MAX_IDLE - 1)[0] == "requeue"
