@@ -20,10 +20,11 @@ from pathlib import Path
 
 from models import make_tiny_model
 
-from qlora_dist.faults import BALLAST, KINDS, MOMENTS
+from qlora_dist.faults import BALLAST, MOMENTS
 from qlora_dist.layout import RunDir
 from qlora_dist.train.compare import differences, records
 
+KINDS = ("sigterm", "sigkill", "exception", "full-disk")
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 10, 3, 4
 # Moments that come often: at which time the fault strikes, so that there is something to lose.
 COUNTS = {"accumulation": 8, "save-after": 2, "evaluation": 4} | {
@@ -67,12 +68,7 @@ class Faults:
     def __init__(self, folder):
         self._folder = folder
         self._model = make_tiny_model(folder / "model")
-        self._data = folder / "pairs.jsonl"
-        rows = [
-            {"input": f"Question {i} " + "what " * (i % 7), "output": "word " * (1 + i * 5 % 11)}
-            for i in range(40)
-        ]
-        self._data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self._data = write_pairs(folder)
         self._whole = {}
 
     def whole(self, processes):
@@ -177,6 +173,17 @@ class Faults:
             if "NOT saved" in line and run is not None:
                 free(run)
         return process.wait(), "".join(output)
+
+
+def write_pairs(folder):
+    """40 rows of input and output, of many lengths."""
+    path = folder / "pairs.jsonl"
+    rows = [
+        {"input": f"Question {i} " + "what " * (i % 7), "output": "word " * (1 + i * 5 % 11)}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @contextlib.contextmanager

@@ -5,11 +5,8 @@ and start time tell) or its job is over (the scheduler tells), together with eve
 attempt; never by age.
 """
 
-import contextlib
 import fcntl
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +19,7 @@ from qlora_dist.errors import RunDirError
 from qlora_dist.files import fsync_dir, write_json
 from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.process import Process
+from qlora_dist.ranks import live_ranks
 from qlora_dist.scheduler import SlurmJob
 
 # Ranks whose launcher was killed notice at once, save and go; this is how long a successor waits.
@@ -73,11 +71,6 @@ def idle(run: RunDir) -> Iterator[None]:
         yield
 
 
-def register_rank(path: Path) -> None:
-    """Say that a rank runs; its end replaces this (:func:`qlora_dist.ends.write_rank_end`)."""
-    write_json(path, {"process": asdict(Process.this())})
-
-
 @contextmanager
 def _exclusive(run: RunDir) -> Iterator[None]:
     """Look at owner.json and change it without another launcher in between."""
@@ -119,7 +112,7 @@ def _refuse_if_owned(run: RunDir, job: SlurmJob | None = None) -> None:
 def _wait_for_orphans(run: RunDir) -> None:
     number = newest_attempt(run)
     deadline = time.monotonic() + ORPHAN_WAIT_S
-    while number is not None and (alive := _live_ranks(run.attempt(number) / "ranks")):
+    while number is not None and (alive := live_ranks(run, number)):
         if time.monotonic() > deadline:
             pids = ", ".join(str(process.pid) for process in alive)
             raise RunDirError(
@@ -128,34 +121,11 @@ def _wait_for_orphans(run: RunDir) -> None:
         time.sleep(0.1)
 
 
-def kill_ranks(run: RunDir, attempt: int, *, after_s: float) -> None:
-    """Wait for the ranks of an attempt on this machine, and kill those that are still there."""
-    deadline = time.monotonic() + after_s
-    while alive := _live_ranks(run.attempt(attempt) / "ranks"):
-        if time.monotonic() >= deadline:
-            for process in alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-            return
-        time.sleep(0.1)
-
-
-def _live_ranks(folder: Path) -> list[Process]:
-    alive = []
-    for path in folder.glob("*.json"):
-        tree = _read(path)
-        if tree and "process" in tree:
-            process = Process(**tree["process"])
-            if process.is_gone() is False:
-                alive.append(process)
-    return alive
-
-
 def _new_attempt(run: RunDir, me: dict[str, Any]) -> int:
     newest = newest_attempt(run)
     number = 0 if newest is None else newest + 1
     folder = run.attempt(number)
-    for part in (folder / "ranks", folder / "logs"):
+    for part in (folder / "ranks", folder / "beats", folder / "logs"):
         part.mkdir(mode=0o700, parents=True)
     write_json(
         folder / "attempt.json",

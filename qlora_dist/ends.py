@@ -4,6 +4,7 @@ torchrun turns every worker's exit code into its own, so a rank says how it ende
 launcher reads all of them.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ HANG = 87
 BAD_NODE = 88
 NEVER_RESTART = 93
 
+# Ends that every rank comes to together; after any other, the ranks that go on wait for nobody.
+AGREED = (DONE, PREEMPTED, TIME_LIMIT)
+
 # First wins when the ranks disagree; a code that is not listed counts as FAILED.
 _WORST_FIRST = (
     NEVER_RESTART,
@@ -33,6 +37,8 @@ _WORST_FIRST = (
     DONE,
 )
 
+# The time of an end that nobody saw: after every other.
+NEVER = float("inf")
 # The cause of a rank that left no file: killed, or crashed outside Python.
 SILENT = "ended without a word: killed, or crashed outside Python"
 
@@ -47,6 +53,7 @@ class RankEnd:
         cause: One message for a person.
         step: Steps that were complete.
         time: Seconds since the epoch; the first failure is usually the cause of the others.
+        node: Where it ran, by Slurm's name for it; empty outside Slurm.
     """
 
     rank: int
@@ -54,11 +61,24 @@ class RankEnd:
     cause: str
     step: int
     time: float
+    node: str = ""
 
 
-def write_rank_end(path: Path, *, rank: int, code: int, cause: str, step: int) -> None:
+def write_rank_end(
+    path: Path, *, rank: int, code: int, cause: str, step: int, node: str = ""
+) -> None:
     """Say how a rank ended; atomic, so that a reader sees all of it or nothing."""
-    write_json(path, asdict(RankEnd(rank, code, cause, step, time.time())))
+    write_json(path, asdict(RankEnd(rank, code, cause, step, time.time(), node)))
+
+
+def write_silent_end(path: Path, *, rank: int, node: str) -> None:
+    """Say it for a rank that did not; never taken for the first failure, whose time it lacks."""
+    write_json(path, asdict(RankEnd(rank, FAILED, SILENT, 0, NEVER, node)))
+
+
+def hang_end(why: str) -> RankEnd:
+    """The end that decides where nothing moved any more; whoever watched says it, not a rank."""
+    return RankEnd(0, HANG, why, 0, time.time())
 
 
 def read_rank_ends(folder: Path, *, world_size: int) -> list[RankEnd]:
@@ -69,20 +89,22 @@ def read_rank_ends(folder: Path, *, world_size: int) -> list[RankEnd]:
         try:
             ends.append(RankEnd(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
-            ends.append(RankEnd(rank, FAILED, SILENT, 0, float("inf")))
+            ends.append(RankEnd(rank, FAILED, SILENT, 0, NEVER))
+    return ends
+
+
+def read_said_ends(folder: Path) -> list[RankEnd]:
+    """Ends of the ranks that have said how they ended."""
+    ends = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            ends.append(RankEnd(**json.loads(path.read_text(encoding="utf-8"))))
     return ends
 
 
 def all_ended(folder: Path, *, world_size: int) -> bool:
     """Whether every rank has said how it ended."""
-    for rank in range(world_size):
-        try:
-            text = (folder / f"{rank:05d}.json").read_text(encoding="utf-8")
-        except OSError:
-            return False
-        if '"code"' not in text:
-            return False
-    return True
+    return len(read_said_ends(folder)) == world_size
 
 
 def worst(ends: Sequence[RankEnd]) -> RankEnd:

@@ -10,6 +10,7 @@
     │   ├── ModelError                   a model or tokenizer is missing, gated or of another shape
     │   └── RunDirError                  a run directory is missing, in use, or holds another run
     ├── CheckpointError         exit 1   a checkpoint cannot be written, or is not what it says
+    ├── BadNodeError            exit 88  this machine cannot do its part; another may
     └── DivergedError           exit 93  the loss is not a number; a restart would only repeat it
 
 Programming errors are assertions and are not caught.
@@ -62,6 +63,12 @@ class RunDirError(UserError):
 
 class CheckpointError(QLoRAError):
     """A checkpoint could not be written, or its files are not the ones its manifest names."""
+
+
+class BadNodeError(QLoRAError):
+    """A machine lacks what the run needs of it: a GPU, its memory, a file system."""
+
+    exit_code = 88
 
 
 class DivergedError(QLoRAError):

@@ -1,8 +1,9 @@
 """Real faults at chosen moments of a run, to show that it survives them.
 
-``QLORA_FAULT=MOMENT[#COUNT][@RANK]=KIND`` makes one process meet one fault, at the COUNT-th time
-(1) that it comes to a moment, on rank RANK (0). What happens then is real: a signal to the own
-process, an exception, a disk that is filled to its last byte. Nothing happens without the variable.
+``QLORA_FAULT=MOMENT[#COUNT][@RANK][~ATTEMPT]=KIND`` makes one process meet one fault, at the
+COUNT-th time (1) that it comes to a moment, on rank RANK (0), in one attempt or in each. What
+happens then is real: a signal to the own process, an exception, a disk that is filled to its last
+byte, a process that stays where it is. Nothing happens without the variable.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ MOMENTS = (
     "epoch-end",
     "consolidation",
 )
-KINDS = ("sigterm", "sigkill", "exception", "full-disk")
+KINDS = ("sigterm", "sigkill", "exception", "full-disk", "hang")
 BALLAST = "ballast"
-_PATTERN = re.compile(r"^([a-z-]+)(?:#(\d+))?(?:@(\d+))?=([a-z-]+)$")
+_PATTERN = re.compile(r"^([a-z-]+)(?:#(\d+))?(?:@(\d+))?(?:~(\d+))?=([a-z-]+)$")
 
 
 class InjectedError(Exception):
@@ -50,12 +51,13 @@ class _Fault:
 _armed: _Fault | None = None
 
 
-def arm(text: str | None, *, rank: int, disk: Path) -> None:
+def arm(text: str | None, *, rank: int, attempt: int, disk: Path) -> None:
     """Prepare this process for the fault that QLORA_FAULT names, if it is the one that meets it.
 
     Args:
         text: The variable's value; None if it is not set.
         rank: Of this process.
+        attempt: That this process is of.
         disk: Folder whose file system "full-disk" fills.
 
     Raises:
@@ -65,13 +67,13 @@ def arm(text: str | None, *, rank: int, disk: Path) -> None:
     if text is None:
         return
     match = _PATTERN.match(text)
-    if match is None or match[1] not in MOMENTS or match[4] not in KINDS:
+    if match is None or match[1] not in MOMENTS or match[5] not in KINDS:
         raise ValueError(
-            f"QLORA_FAULT={text!r}: wanted MOMENT[#COUNT][@RANK]=KIND, with a moment of "
+            f"QLORA_FAULT={text!r}: wanted MOMENT[#COUNT][@RANK][~ATTEMPT]=KIND, with a moment of "
             f"{', '.join(MOMENTS)} and a kind of {', '.join(KINDS)}"
         )
-    if int(match[3] or 0) == rank:
-        _armed = _Fault(match[1], int(match[2] or 1), match[4], disk)
+    if int(match[3] or 0) == rank and int(match[4] or attempt) == attempt:
+        _armed = _Fault(match[1], int(match[2] or 1), match[5], disk)
 
 
 def reach(moment: str) -> None:
@@ -91,6 +93,8 @@ def reach(moment: str) -> None:
         raise InjectedError(f"injected at {moment}")
     if fault.kind == "full-disk":
         fill(fault.disk)
+    elif fault.kind == "hang":
+        threading.Event().wait()
     else:
         os.kill(os.getpid(), signal.SIGTERM if fault.kind == "sigterm" else signal.SIGKILL)
 

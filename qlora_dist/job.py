@@ -5,7 +5,6 @@ so that it neither kills ranks in the middle of a save nor fills the terminal wi
 A second signal is passed on to torchrun, a third kills it and every rank.
 """
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -14,17 +13,17 @@ import types
 from collections.abc import Callable
 from dataclasses import asdict
 
-from qlora_dist.attempt import kill_ranks, note, own
+from qlora_dist.attempt import note, own
+from qlora_dist.beats import Watch
 from qlora_dist.checkpoints import newest_step
 from qlora_dist.console import Console
-from qlora_dist.ends import RankEnd, read_rank_ends, worst
+from qlora_dist.control import ask_to_kill, ask_to_stop
+from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
 from qlora_dist.process import STOP_SIGNALS
-from qlora_dist.torchrun import ALONE, start_torchrun
-
-# Ranks whose torchrun is gone notice at their next micro-batch, save and end; then they are killed.
-_LAST_SAVE_S = 30.0
+from qlora_dist.ranks import end_ranks
+from qlora_dist.torchrun import ALONE, attend, start_torchrun
 
 
 def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> RankEnd:
@@ -42,21 +41,28 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
         RunDirError: Another launcher has the run.
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
+    world_size = command["world_size"]
+    hangs: list[RankEnd] = []
     with own(run) as attempt:
-        process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt), {})
+        watch = Watch(run, attempt, world_size=world_size, limit_s=command["timeout_s"])
+        process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt))
         with (
             _Stops(run, attempt, process) as stops,
             Console(run, attempt, say, bar=progress) as console,
         ):
-            while process.poll() is None:
+
+            def tick() -> None:
                 stops.tell(console.say)
                 console.update()
-                time.sleep(0.2)
+                if not hangs and (why := watch.hung()):
+                    console.say(f"{why}; their stacks go into attempts/{attempt:03d}/logs")
+                    hangs.append(hang_end(why))
+                    ask_to_kill(run, attempt, why)
+
+            attend(process, run, attempt, range(world_size), tick=tick)
             stops.tell(console.say)
-        # Ranks lead sessions of their own, and can outlive a torchrun that was killed.
-        kill_ranks(run, attempt, after_s=_LAST_SAVE_S)
-        ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=command["world_size"])
-        end = worst(ends)
+        ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=world_size)
+        end = worst([*ends, *hangs])
         note(
             run,
             attempt,
@@ -92,8 +98,7 @@ class _Stops:
 
     def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
         self._received.append(signal.Signals(number).name)
-        with contextlib.suppress(OSError):
-            self._run.stop_file(self._attempt).touch(mode=0o600)
+        ask_to_stop(self._run, self._attempt)
 
     def tell(self, say: Callable[[str], None]) -> None:
         """Act on the signals that have come, and say so."""
@@ -105,6 +110,6 @@ class _Stops:
                 self._process.send_signal(signal.SIGTERM)
                 say(f"{name} again: telling torchrun to stop")
             else:
-                kill_ranks(self._run, self._attempt, after_s=0.0)
+                end_ranks(self._run, self._attempt, None, after_s=0.0)
                 self._process.kill()
                 say(f"{name} a third time: killed")

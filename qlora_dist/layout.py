@@ -7,8 +7,8 @@
     ds_config.json    what DeepSpeed's engine reads (zero2, zero3)
     command.json      arguments and environment of torchrun
     owner.json        which launcher has the run now
-    control/          requests to a running attempt, such as stop-000
-    attempts/000/     attempt.json, ranks/00000.json, logs/
+    control/          requests to a running attempt, such as stop-000 (qlora_dist.control)
+    attempts/000/     attempt.json, ranks/00000.json, beats/00000.json, logs/
     metrics.jsonl     one line a step, one line an evaluation; a resume cuts it back
     checkpoints/      step_000100/ and so on
     adapter/          PEFT format
@@ -100,6 +100,10 @@ class RunDir:
         """How one rank of an attempt ended."""
         return self.attempt(attempt) / "ranks" / f"{rank:05d}.json"
 
+    def beats(self, attempt: int) -> Path:
+        """Signs of life of an attempt's ranks."""
+        return self.attempt(attempt) / "beats"
+
     def rank_log(self, attempt: int, rank: int) -> Path:
         """Everything that one rank printed."""
         return self.attempt(attempt) / "logs" / f"rank_{rank:05d}.log"
@@ -120,6 +124,10 @@ class RunDir:
     def stop_file(self, attempt: int) -> Path:
         """There when the attempt is asked to save and end."""
         return self.control / f"stop-{attempt:03d}"
+
+    def kill_file(self, attempt: int) -> Path:
+        """There when the attempt's ranks are to write down their stacks and be killed."""
+        return self.control / f"kill-{attempt:03d}"
 
 
 def open_run(path: str | Path) -> tuple[RunDir, RunSpec]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist import ends
+from qlora_dist.beats import read_beats
 from qlora_dist.checkpoints import newest_step
-from qlora_dist.layout import RunDir
+from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.process import Process
 from qlora_dist.scheduler import SchedulerError, SlurmJob, live_jobs, show_job
 from qlora_dist.spec import RunSpec
@@ -79,6 +80,49 @@ def last_step(run: RunDir, attempt: int) -> int:
     """Last step that an attempt has completed, as metrics.jsonl has it now; 0 for none."""
     steps = [r["step"] for r in _train_records(run) if r["attempt"] == attempt]
     return max(steps, default=0)
+
+
+def codes_without_progress(run: RunDir, step: int) -> list[int]:
+    """How the attempts that have ended did so, newest first, since ``step`` was committed."""
+    codes = []
+    for folder in sorted(run.attempts.iterdir(), reverse=True):
+        tree = _read(folder / "attempt.json")
+        if "end" in tree:
+            if tree["committed_step"] != step:
+                break
+            codes.append(int(tree["end"]["code"]))
+    return codes
+
+
+def bad_nodes(run: RunDir) -> set[str]:
+    """Nodes on which attempts ended that they could not begin."""
+    trees = (_read(folder / "attempt.json") for folder in run.attempts.iterdir())
+    found = [tree["end"] for tree in trees if "end" in tree]
+    return {end["node"] for end in found if end["code"] == ends.BAD_NODE and end.get("node")}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What stopping a run takes, as it was measured in it.
+
+    Attributes:
+        micro_s: Longest micro-batch of a rank's last step, in seconds.
+        save_s: Longest save, from its begin to its commit, in seconds.
+    """
+
+    micro_s: float
+    save_s: float
+
+
+def measured(run: RunDir) -> Measured | None:
+    """The newest attempt's figures that has saved; None before the first save."""
+    newest = newest_attempt(run)
+    for attempt in reversed(range(0 if newest is None else newest + 1)):
+        beats = read_beats(run, attempt).values()
+        save_s = max((beat.save_s for beat in beats), default=0.0)
+        if save_s:
+            return Measured(max(beat.micro_s for beat in beats), save_s)
+    return None
 
 
 def standing(run: RunDir, spec: RunSpec) -> Standing:

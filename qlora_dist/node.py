@@ -1,19 +1,23 @@
 """``python -m qlora_dist.node RUN ATTEMPT HOST PORT``: one node's share of a job, under srun.
 
-Starts torchrun and waits for it. Signals that Slurm sends to the whole step become the stop file,
-which the ranks poll; torchrun is kept out of it, since it answers SIGTERM by killing whoever is
-still saving half a minute later.
+Checks the node, starts torchrun and stays with it. Signals that Slurm sends to the whole step
+become the stop file, which the ranks poll; torchrun is kept out of it, since it answers SIGTERM by
+killing whoever is still saving half a minute later.
 """
 
-import contextlib
+import json
 import os
 import signal
 import sys
 import types
 from pathlib import Path
 
+from qlora_dist.control import ask_to_stop
+from qlora_dist.ends import write_rank_end
+from qlora_dist.errors import BadNodeError
 from qlora_dist.layout import RunDir
-from qlora_dist.torchrun import start_torchrun
+from qlora_dist.node_check import check_node
+from qlora_dist.torchrun import attend, start_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -24,24 +28,36 @@ def main(run_path: str, attempt: str, host: str, port: str) -> int:
     # Ignored signals stay ignored in what is started; the ranks set handlers of their own.
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    node, name = int(os.environ["SLURM_NODEID"]), os.environ["SLURMD_NODENAME"]
+    num_nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
+    world_size = json.loads(run.command_json.read_text(encoding="utf-8"))["world_size"]
+    per_node = world_size // num_nodes
+    ranks = range(node * per_node, (node + 1) * per_node)
+    try:
+        check_node(run, name)
+    except BadNodeError as error:
+        sys.stderr.write(f"{error}\n")
+        for rank in ranks:
+            path, code = run.rank_file(number, rank), error.exit_code
+            write_rank_end(path, rank=rank, code=code, cause=str(error), step=0, node=name)
+        return error.exit_code
     rendezvous = (
-        f"--nnodes={os.environ['SLURM_STEP_NUM_NODES']}",
-        f"--node-rank={os.environ['SLURM_NODEID']}",
+        f"--nnodes={num_nodes}",
+        f"--node-rank={node}",
         f"--master-addr={host}",
         f"--master-port={port}",
+        # Slurm's SIGTERM reaches torchrun too, which would end the ranks half a minute later.
+        "--signals-to-handle=SIGINT",
     )
-    log = run.attempt(number) / "logs" / f"torchrun_{os.environ['SLURM_NODEID']}.log"
-    process = start_torchrun(
-        run, number, rendezvous, log, {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"}
-    )
+    log = run.attempt(number) / "logs" / f"torchrun_{node}.log"
+    process = start_torchrun(run, number, rendezvous, log)
 
     def on_signal(_number: int, _frame: types.FrameType | None) -> None:
-        with contextlib.suppress(OSError):
-            run.stop_file(number).touch(mode=0o600)
+        ask_to_stop(run, number)
 
     for each in SIGNALS:
         signal.signal(each, on_signal)
-    return process.wait()
+    return attend(process, run, number, ranks, node=name)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ class JobView:
         restarts: How often it was requeued.
         requeue: Whether it may be.
         nodes: Node list, as Slurm writes it; empty while it waits.
+        start_time: When it started, or is expected to, in seconds since the epoch; None if Slurm
+            does not say.
+        end_time: When its time is over; None if it has no limit, or has not started.
     """
 
     state: str
@@ -72,6 +76,8 @@ class JobView:
     restarts: int
     requeue: bool
     nodes: str
+    start_time: float | None = None
+    end_time: float | None = None
 
     @property
     def is_live(self) -> bool:
@@ -114,7 +120,8 @@ def parse_job(text: str) -> JobView:
     Raises:
         SchedulerError: It is none.
     """
-    fields = dict(re.findall(r"(\w+)=(\S*)", text))
+    # The first of each: a comment at the end may hold anything.
+    fields = dict(reversed(re.findall(r"(\w+)=(\S*)", text)))
     try:
         return JobView(
             state=fields["JobState"],
@@ -122,9 +129,19 @@ def parse_job(text: str) -> JobView:
             restarts=int(fields["Restarts"]),
             requeue=fields["Requeue"] == "1",
             nodes="" if fields.get("NodeList") == "(null)" else fields.get("NodeList", ""),
+            start_time=_time(fields.get("StartTime", "")),
+            end_time=_time(fields.get("EndTime", "")),
         )
     except (KeyError, ValueError) as error:
         raise SchedulerError(f"scontrol's answer lacks {error}: {text[:200]}") from None
+
+
+def _time(text: str) -> float | None:
+    """A time of this machine's zone, as Slurm writes it."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
 
 
 def run_command(
@@ -154,6 +171,18 @@ def requeue(job: str) -> None:
     done = run_command("scontrol", "requeue", job)
     if done.returncode:
         raise SchedulerError(f"scontrol requeue {job}: {done.stderr.strip()}")
+
+
+def update_job(job: str, **values: str) -> None:
+    """Change a job that waits, such as ``StartTime="now+60"``.
+
+    Raises:
+        SchedulerError: Slurm refused.
+    """
+    words = [f"{name}={value}" for name, value in values.items()]
+    done = run_command("scontrol", "update", f"JobId={job}", *words)
+    if done.returncode:
+        raise SchedulerError(f"scontrol update {job} {' '.join(words)}: {done.stderr.strip()}")
 
 
 def comment_of(run_dir: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 
+from qlora_dist.control import ask_to_stop
 from qlora_dist.errors import UserError
 from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.ledger import standing
@@ -32,7 +33,7 @@ def cancel(run: RunDir, spec: RunSpec) -> str:
         return f"process {owner.pid} saves and ends"
     attempt = newest_attempt(run)
     if now.state == "running" and attempt is not None:
-        run.stop_file(attempt).touch(mode=0o600)
+        ask_to_stop(run, attempt)
         return f"{now.detail} saves and ends, and is not requeued"
     jobs = live_jobs(run.root)
     done = run_command("scancel", *jobs)

@@ -55,6 +55,7 @@ def render(plan: Plan) -> Bundle:
                 "torchrun": list(options),
                 "env": env,
                 "world_size": plan.topology.world_size,
+                "timeout_s": spec.resources.timeout_s,
             }
         ),
     }

@@ -15,6 +15,7 @@ class Place:
         local_rank: Rank on this node.
         attempt: Attempt that our launcher has begun; None under another launcher.
         fault: A fault to inject (qlora_dist.faults); None for none.
+        node: Slurm's name for this machine; empty outside Slurm.
     """
 
     rank: int
@@ -22,10 +23,11 @@ class Place:
     local_rank: int
     attempt: int | None
     fault: str | None = None
+    node: str = ""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Place":
-        """Read torchrun's RANK, WORLD_SIZE and LOCAL_RANK, our QLORA_ATTEMPT and QLORA_FAULT."""
+        """Read torchrun's RANK, WORLD_SIZE and LOCAL_RANK, ours, and SLURMD_NODENAME."""
         attempt = env.get("QLORA_ATTEMPT")
         return cls(
             int(env.get("RANK", "0")),
@@ -33,4 +35,5 @@ class Place:
             int(env.get("LOCAL_RANK", "0")),
             None if attempt is None else int(attempt),
             env.get("QLORA_FAULT"),
+            env.get("SLURMD_NODENAME", ""),
         )

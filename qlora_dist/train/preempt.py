@@ -8,6 +8,8 @@ import signal
 import types
 from pathlib import Path
 
+from qlora_dist import ends
+from qlora_dist.control import stop_code
 from qlora_dist.process import STOP_SIGNALS, die_with_parent
 
 
@@ -34,6 +36,11 @@ class StopRequest:
 
     def _on_signal(self, _number: int, _frame: types.FrameType | None) -> None:
         self._signalled = True
+
+    @property
+    def code(self) -> int:
+        """The code to end with, once stopped."""
+        return ends.PREEMPTED if self.file is None else stop_code(self.file)
 
     def here(self) -> bool:
         """Whether this process has seen a request; says nothing of the other ranks."""

@@ -140,6 +140,7 @@ class Saver:
         step = save.state.step
         if not save.problem:
             self._committed, self._backoff = save.state, 1
+            self._world.pulse.took(save_s=save.waited_s + save.seconds)
             self._say(
                 f"step {step}: checkpoint committed after {save.seconds:.1f} s; training waited "
                 f"{save.waited_s:.2f} s"

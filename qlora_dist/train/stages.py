@@ -29,11 +29,13 @@ from qlora_dist.train.attention import VARLEN
 from qlora_dist.train.checkpoint import Part, TrainState, restore
 from qlora_dist.train.consolidate import consolidate, consolidated_at
 from qlora_dist.train.generators import seed_rng
+from qlora_dist.train.gpu_check import check_gpu
 from qlora_dist.train.load import check_shape, linear_layers, load_base
 from qlora_dist.train.log import EverySoOften, Metrics, RunLog
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.pulse import Pulse
 from qlora_dist.train.saver import Saver
 from qlora_dist.train.stopwatch import Stopwatch
 from qlora_dist.train.strategy import STRATEGIES, Gradients
@@ -50,7 +52,12 @@ class Progress:
 
 
 def train(
-    run: RunDir, place: Place, stop: StopRequest, progress: Progress, clock: Stopwatch
+    run: RunDir,
+    place: Place,
+    stop: StopRequest,
+    progress: Progress,
+    clock: Stopwatch,
+    pulse: Pulse,
 ) -> None:
     """Take a run to its end.
 
@@ -63,7 +70,11 @@ def train(
     if plan.not_runnable:
         raise PlanError("\n".join(plan.not_runnable))
     check_files(run.root, plan)
-    world = World.start(place, plan.topology, timeout_s=spec.resources.timeout_s)
+    pulse.every_s = min(pulse.every_s, spec.resources.timeout_s / 5)
+    pulse.at("joining the other processes")
+    world = World.start(place, plan.topology, timeout_s=spec.resources.timeout_s, pulse=pulse)
+    check_gpu(plan, world.device)
+    world.check_sum()
     clock.lap("process group")
     with _attempt(run, place, world) as progress.attempt:
         _train(run, plan, world, stop, progress, clock, echo=place.attempt is None)
@@ -89,14 +100,17 @@ def _train(
             raise Preempted
 
     _prepare_process(plan, world)
+    world.pulse.at("choosing a checkpoint")
     checkpoint = _resume_point(run, world, log)
     progress.step = checkpoint.step if checkpoint else 0
+    world.pulse.at("data")
     corpus = Corpus(_open_store(run, spec, world, stop, log), spec.evaluation.max_rows)
     length = plan_length(spec, corpus.num_sequences)
     _say_data(log, spec, corpus, length)
     clock.lap("data")
     check_stop()
 
+    world.pulse.at("loading the model")
     faults.reach("load")
     attention = attention_of(spec)
     base = load_base(spec, device=world.device, attention=attention)
@@ -155,6 +169,7 @@ def _train(
         saver.close()
         finish_tracking()
     # A run that was finished already keeps the adapter that it has, which may be a chosen one.
+    world.pulse.at("writing the adapter")
     if world.rank == 0 and consolidated_at(run) != end.step:
         consolidate(run, spec)
         log.say(f"adapter written to {run.adapter}")

@@ -92,19 +92,23 @@ def fit(t: Training, state: TrainState) -> TrainState:
                 state = _evaluate(t, state)
                 improved = state.best_step == state.step
             if last:
+                t.world.pulse.at("saving", state.step)
                 t.saver.finish(state)
                 return state
             if t.saver.due(state, improved=improved):
+                t.world.pulse.at("saving", state.step)
                 t.saver.start(state)
             state = _train_step(t, state)
     except Preempted:
         if state.step > 0:
+            t.world.pulse.at("saving", state.step)
             t.saver.finish(state)
         raise
 
 
 def _train_step(t: Training, state: TrainState) -> TrainState:
     """One optimizer step on the next global batch; dropped whole if a stop comes inside."""
+    t.world.pulse.at("training", state.step)
     faults.reach("first-step")
     spec, begin = t.plan.spec, time.perf_counter()
     samples = t.schedule.samples(state.position, spec.batch.global_size)
@@ -123,6 +127,7 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
             f"step {state.step + 1}: loss {mean_loss}, gradient norm {grad_norm}, on samples "
             f"{samples.tolist()}; the last checkpoint is from before. Try a lower optimizer.lr"
         )
+    t.world.pulse.took(micro_s=(time.perf_counter() - begin) / len(mine))
     for group in t.optimizer.param_groups:
         group["lr"] = lr
     t.optimizer.step()
@@ -163,6 +168,7 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
         except Preempted:
             set_rng(generators, t.world.device)
             raise
+        t.world.pulse.at("training")
         batch = make_batch(
             [t.corpus.documents(i) for i in micro],
             flat=t.flat,
@@ -225,6 +231,7 @@ def _evaluation_due(t: Training, state: TrainState, *, last: bool) -> bool:
 
 
 def _evaluate(t: Training, state: TrainState) -> TrainState:
+    t.world.pulse.at("evaluation", state.step)
     loss = evaluation_loss(
         t.model,
         t.corpus.validation,

@@ -11,16 +11,14 @@ import traceback
 from pathlib import Path
 
 from qlora_dist import ends, faults
-from qlora_dist.attempt import register_rank
 from qlora_dist.checkpoints import storage_message
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
+from qlora_dist.ranks import register_rank
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
+from qlora_dist.train.pulse import Pulse
 from qlora_dist.train.stopwatch import Stopwatch
-
-# Ends that every rank comes to together; for the rest torchrun must end the other ranks.
-_AGREED = (ends.DONE, ends.PREEMPTED)
 
 
 def main(run_path: str) -> int:
@@ -33,13 +31,15 @@ def main(run_path: str) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = Place.from_env()
     run = RunDir(Path(run_path).absolute())
-    faults.arm(place.fault, rank=place.rank, disk=run.root)
+    faults.arm(place.fault, rank=place.rank, attempt=place.attempt or 0, disk=run.root)
+    pulse = Pulse()
     if place.attempt is not None:
         from qlora_dist.train.log import redirect_output
 
         redirect_output(run.rank_log(place.attempt, place.rank))
         register_rank(run.rank_file(place.attempt, place.rank))
         stop.file = run.stop_file(place.attempt)
+        pulse.start(run.beats(place.attempt) / f"{place.rank:05d}.json")
 
     from qlora_dist.train.stages import Progress, train
 
@@ -48,9 +48,9 @@ def main(run_path: str) -> int:
     code, cause = ends.DONE, "trained to the last step"
     try:
         faults.reach("start")
-        train(run, place, stop, progress, clock)
+        train(run, place, stop, progress, clock, pulse)
     except Preempted:
-        code, cause = ends.PREEMPTED, f"stopped after step {progress.step}"
+        code, cause = stop.code, f"stopped after step {progress.step}"
     except QLoRAError as error:
         code, cause = error.exit_code, str(error)
         _complain(f"{cause}\n")
@@ -63,12 +63,20 @@ def main(run_path: str) -> int:
     if progress.attempt is not None:
         path = run.rank_file(progress.attempt, place.rank)
         try:
-            ends.write_rank_end(path, rank=place.rank, code=code, cause=cause, step=progress.step)
+            ends.write_rank_end(
+                path,
+                rank=place.rank,
+                code=code,
+                cause=cause,
+                step=progress.step,
+                node=place.node,
+            )
         except OSError as error:
             _complain(f"{storage_message(error, path)}\n")
     if place.attempt is None:
         return code
-    return 0 if code in _AGREED else code
+    # For the other ends torchrun must end the other ranks.
+    return 0 if code in ends.AGREED else code
 
 
 def _complain(text: str) -> None:

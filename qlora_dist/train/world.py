@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +22,10 @@ from qlora_dist.errors import PlanError, QLoRAError, UserError
 from qlora_dist.plan import Topology
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted
+from qlora_dist.train.pulse import Pulse
 
+# From finding that nothing moves to the end of the ranks, in which no collective may give up.
+_TIME_TO_LOOK_S = 120
 _BEAT_S = 2.0
 # Rank 0 is given up on after this long without a beat: its machine is gone, or the network.
 _SILENCE_S = 120.0
@@ -36,18 +39,29 @@ class World:
         rank: Global rank.
         size: Processes over all nodes.
         device: Where this process computes.
+        pulse: Told whenever this process waits for another.
     """
 
     rank: int
     size: int
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse)
     _timeout: timedelta = timedelta(minutes=30)
     _control: Any = None
     _store: Any = None
 
     @classmethod
-    def start(cls, place: Place, topology: Topology, *, timeout_s: int) -> "World":
+    def start(
+        cls, place: Place, topology: Topology, *, timeout_s: int, pulse: Pulse | None = None
+    ) -> "World":
         """Join the other processes.
+
+        Args:
+            place: Which process this is.
+            topology: How many there are to be.
+            timeout_s: How long a process may stay at one place, in seconds. Collectives give up
+                only later, so that who finds a hang can first see where each process is.
+            pulse: This process's.
 
         Raises:
             PlanError: The launcher started another number of processes than the plan has, or there
@@ -59,11 +73,12 @@ class World:
                 "started; start it with qlora, or with accelerate launch and the run's own "
                 "accelerate.yaml"
             )
+        pulse = pulse or Pulse()
         device = _device(topology, place.local_rank)
         if place.size == 1:
-            return cls(0, 1, device)
+            return cls(0, 1, device, pulse)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=timeout_s + _TIME_TO_LOOK_S)
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             backend,
@@ -74,7 +89,7 @@ class World:
             device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(rank, size, device, timeout, control, PrefixStore("qlora", store))
+        return cls(rank, size, device, pulse, timeout, control, PrefixStore("qlora", store))
 
     def second(self) -> "World":
         """The same processes over a control group of their own, for a thread beside this one's.
@@ -83,7 +98,8 @@ class World:
         """
         if self.size == 1:
             return self
-        return replace(self, _control=dist.new_group(backend="gloo", timeout=self._timeout))
+        group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return replace(self, pulse=Pulse(), _control=group)
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -95,7 +111,8 @@ class World:
         if self.size == 1:
             return flag
         value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
+        with self.pulse.waiting():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
         return bool(value.item())
 
     def barrier(self) -> None:
@@ -107,9 +124,7 @@ class World:
         if self.size == 1:
             return [values]
         mine = torch.tensor(values, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self._control)
-        return [part.tolist() for part in everyone]
+        return [part.tolist() for part in self._all_gather(mine)]
 
     def gather_json(self, value: Any) -> list[Any]:
         """A JSON value of every rank, in the order of the ranks."""
@@ -119,12 +134,16 @@ class World:
         lengths = [int(length) for (length,) in self.gather([float(len(data))])]
         mine = torch.zeros(max(lengths), dtype=torch.uint8)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self._control)
         return [
             json.loads(bytes(part[:length].numpy()).decode())
-            for part, length in zip(everyone, lengths, strict=True)
+            for part, length in zip(self._all_gather(mine), lengths, strict=True)
         ]
+
+    def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        with self.pulse.waiting():
+            dist.all_gather(everyone, mine, group=self._control)
+        return everyone
 
     def from_rank_0(self, value: Any) -> Any:
         """What rank 0 passes; the others' argument is ignored. Any JSON value."""
@@ -140,11 +159,12 @@ class World:
             return value
         data = json.dumps(value).encode() if self.rank == source else b""
         length = torch.tensor([len(data)])
-        dist.broadcast(length, src=source, group=self._control)
-        buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
-        if self.rank == source:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, src=source, group=self._control)
+        with self.pulse.waiting():
+            dist.broadcast(length, src=source, group=self._control)
+            buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
+            if self.rank == source:
+                buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            dist.broadcast(buffer, src=source, group=self._control)
         return json.loads(bytes(buffer.numpy()).decode())
 
     def on_rank_0(
@@ -170,13 +190,15 @@ class World:
         """
 
         def check() -> None:
+            self.pulse.at(name)
             if stop() or (self.size > 1 and self._store.check([f"{name}/stop"])):
                 raise Preempted
 
         if self.size == 1:
             return work(check)
         if self.rank != 0:
-            return self._wait_for_rank_0(name, stop)
+            with self.pulse.waiting():
+                return self._wait_for_rank_0(name, stop)
         told: dict[str, Any] = {"error": "rank 0 failed", "user": False}
         with _Heartbeat(self._store, f"{name}/beat"):
             try:
@@ -211,6 +233,21 @@ class World:
         if "error" in told:
             raise (UserError if told["user"] else QLoRAError)(told["error"])
         return told["value"]
+
+    def check_sum(self) -> None:
+        """Sum a small tensor over all ranks on their devices, and see whether it is right.
+
+        Raises:
+            QLoRAError: It is not.
+        """
+        value = torch.full((1024,), float(self.rank + 1), device=self.device)
+        self.sum_in_place(value)
+        wanted = self.size * (self.size + 1) / 2
+        if not bool((value == wanted).all()):
+            raise QLoRAError(
+                f"a sum over all processes should be {wanted:g} and is {value[0].item():g} on rank "
+                f"{self.rank}: the network or a GPU does not work"
+            )
 
     def sum_in_place(self, buffer: torch.Tensor) -> None:
         """Sum a tensor on the device over all ranks."""

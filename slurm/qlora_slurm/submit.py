@@ -58,7 +58,7 @@ class SlurmBackend:
         executor.update_parameters(**parameters(plan, run.root))
         try:
             # Not submit(): the job is ours, and nothing of it is pickled.
-            job = executor._submit_command(command(run.root))
+            job = executor._submit_command(command(plan, run.root))
         except FailedJobError as error:
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
         say(f"submitted job {job.job_id}: {plan.topology.nodes} node(s); follow it with: squeue")
@@ -69,16 +69,18 @@ def batch_script(plan: Plan, run_dir: Path) -> str:
     """The exact script that sbatch is given."""
     # submitit's own function, since a dry run must not need Slurm.
     text: str = _make_sbatch_string(
-        command=command(run_dir),
+        command=command(plan, run_dir),
         folder=run_dir / "control" / "submitit",
         **_converted(parameters(plan, run_dir)),
     )
     return text
 
 
-def command(run_dir: Path) -> str:
+def command(plan: Plan, run_dir: Path) -> str:
     """What the batch script becomes: the batch process, with no shell around it."""
-    return "exec " + shlex.join([sys.executable, "-m", "qlora_dist.batch", str(run_dir)])
+    lead_s = load_profile(plan.spec.resources.profile).signal_lead_s
+    argv = [sys.executable, "-m", "qlora_dist.batch", str(lead_s), str(run_dir)]
+    return "exec " + shlex.join(argv)
 
 
 def parameters(plan: Plan, run_dir: Path) -> dict[str, Any]:

@@ -144,6 +144,16 @@ class Testbed:
         self._start_daemon(name, argv.slurmd(self.place, name))
         self._daemons.wait_for(name, partial(self._takes_jobs, name))
 
+    def restart_controller(self, after_s: float) -> None:
+        """Have no slurmctld for a while.
+
+        Raises:
+            QLoRAError: It did not start again.
+        """
+        self._daemons.end(["slurmctld"])
+        time.sleep(after_s)
+        self._start_controller()
+
     def processes(self) -> list[JobProcess]:
         """Live processes of jobs, orphans included."""
         return job_processes(self.place, self.settings.nodes)
@@ -238,13 +248,16 @@ class Testbed:
         self._daemons.wait_for("munged", partial(_listens, self.place.munge_socket))
         if self.settings.accounting:
             self._start_database()
-        self._start_daemon("slurmctld", argv.slurmctld(self.place))
         # Before the nodes, which end of the same mistakes in slurm.conf and say less about them.
-        self._daemons.wait_for("slurmctld", partial(self._works, "scontrol", "ping"))
+        self._start_controller()
         for name in self.settings.nodes:
             self._start_daemon(name, argv.slurmd(self.place, name))
         for name in self.settings.nodes:
             self._daemons.wait_for(name, partial(self._takes_jobs, name))
+
+    def _start_controller(self) -> None:
+        self._start_daemon("slurmctld", argv.slurmctld(self.place))
+        self._daemons.wait_for("slurmctld", partial(self._works, "scontrol", "ping"))
 
     def _start_database(self) -> None:
         if not any(self.place.database.iterdir()):

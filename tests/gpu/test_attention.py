@@ -42,7 +42,10 @@ def test_varlen_gives_each_sample_the_logits_and_gradients_of_the_masked_kernel(
         )
         loss = summed_loss(model, batch)
         loss.backward()
-        results[kernel] = float(loss.detach()), {n: p.grad.float() for n, p in model.named_parameters()}
+        results[kernel] = (
+            float(loss.detach()),
+            {n: p.grad.float() for n, p in model.named_parameters()},
+        )
     (masked, wanted), (flat, found) = results["sdpa"], results["varlen"]
     assert flat == pytest.approx(masked, rel=2e-3)
     for name, gradient in wanted.items():

@@ -3,15 +3,18 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
 from qlora_dist import ends
-from qlora_dist.batch import MAX_FAILURES, MAX_IDLE, codes_without_progress, decide
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import SpecError, UserError
 from qlora_dist.layout import RunDir
+from qlora_dist.ledger import bad_nodes, codes_without_progress
 from qlora_dist.plan import make_plan
+from qlora_dist.requeue import BUDGETS, decide
 from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, parse_job
 from qlora_dist.spec_file import spec_from_tree
 from qlora_slurm.site_profile import load_profile
@@ -27,40 +30,60 @@ def make_end(code):
 
 
 @pytest.mark.parametrize(
-    ("code", "view", "failures", "expected"),
+    ("code", "view", "expected"),
     [
-        (ends.DONE, RUNNING, 0, "nothing"),
-        (ends.USER_ERROR, RUNNING, 1, "nothing"),
-        (ends.NEVER_RESTART, RUNNING, 1, "nothing"),
-        (ends.PREEMPTED, RUNNING, 0, "requeue"),
-        (ends.FAILED, RUNNING, 1, "requeue"),
-        (ends.FAILED, RUNNING, MAX_FAILURES, "nothing"),
+        (ends.DONE, RUNNING, "nothing"),
+        (ends.USER_ERROR, RUNNING, "nothing"),
+        (ends.NEVER_RESTART, RUNNING, "nothing"),
+        *((code, RUNNING, "requeue") for code in BUDGETS),
+        # A code that is nobody's, such as a crashed interpreter's.
+        (139, RUNNING, "requeue"),
         # Requeued by Slurm or an administrator while the ranks were saving.
-        (ends.PREEMPTED, JobView("COMPLETING", "None", 1, True, "n1"), 0, "requeued"),
-        (ends.PREEMPTED, JobView("PENDING", "BeginTime", 1, True, ""), 0, "requeued"),
+        (ends.PREEMPTED, JobView("COMPLETING", "None", 1, True, "n1"), "requeued"),
+        (ends.PREEMPTED, JobView("PENDING", "BeginTime", 1, True, ""), "requeued"),
         # scancel: a requeue would bring it back to life.
-        (ends.PREEMPTED, JobView("COMPLETING", "None", 0, True, "n1"), 0, "nothing"),
-        (ends.PREEMPTED, JobView("COMPLETING", "TimeLimit", 0, True, "n1"), 0, "requeue"),
-        (ends.PREEMPTED, JobView("RUNNING", "None", 0, False, "n1"), 0, "new job"),
+        (ends.PREEMPTED, JobView("COMPLETING", "None", 0, True, "n1"), "nothing"),
+        (ends.PREEMPTED, JobView("COMPLETING", "TimeLimit", 0, True, "n1"), "requeue"),
+        (ends.PREEMPTED, JobView("RUNNING", "None", 0, False, "n1"), "new job"),
         # Slurm does not answer: a refused requeue costs nothing.
-        (ends.PREEMPTED, None, 0, "requeue"),
+        (ends.PREEMPTED, None, "requeue"),
     ],
 )
-def test_what_follows_an_attempt(code, view, failures, expected):
-    following, why = decide(make_end(code), JOB, view, failures=failures)
-    assert following == expected
-    assert why
+def test_what_follows_an_attempt(code, view, expected):
+    decision = decide(make_end(code), JOB, view, idle=[code])
+    assert decision.following == expected
+    assert decision.why
 
 
 def test_a_cancelled_run_is_not_requeued():
     end = make_end(ends.PREEMPTED)
-    assert decide(end, JOB, RUNNING, failures=0, cancelled=True)[0] == "nothing"
+    assert decide(end, JOB, RUNNING, idle=[85], cancelled=True).following == "nothing"
 
 
-def test_a_run_that_never_commits_a_step_is_given_up():
-    end = make_end(ends.PREEMPTED)
-    assert decide(end, JOB, RUNNING, failures=0, idle=MAX_IDLE - 1)[0] == "requeue"
-    assert decide(end, JOB, RUNNING, failures=0, idle=MAX_IDLE)[0] == "nothing"
+@pytest.mark.parametrize("code", BUDGETS)
+def test_a_run_that_never_commits_a_step_is_given_up(code):
+    """Each cause has a budget of its own; others in between spend none of it."""
+    other = ends.FAILED if code != ends.FAILED else ends.HANG
+    idle = [code] * (BUDGETS[code] - 1) + [other] * (BUDGETS[other] - 1)
+    assert decide(make_end(code), JOB, RUNNING, idle=idle).following == "requeue"
+    assert decide(make_end(code), JOB, RUNNING, idle=[*idle, code]).following == "nothing"
+
+
+def test_a_second_failure_in_a_row_waits():
+    end = make_end(ends.FAILED)
+    assert decide(end, JOB, RUNNING, idle=[1]).wait_s == 0
+    assert decide(end, JOB, RUNNING, idle=[1, 139]).wait_s == 60
+    assert decide(make_end(ends.PREEMPTED), JOB, RUNNING, idle=[85, 85]).wait_s == 0
+
+
+def test_nodes_are_bad_by_the_ledger(tmp_path):
+    run = RunDir(tmp_path)
+    cases = [(88, "n1"), (85, "n2"), (88, "n3"), (1, "n4")]
+    for number, (code, node) in enumerate(cases):
+        run.attempt(number).mkdir(parents=True)
+        tree = {"end": {"code": code, "node": node}}
+        (run.attempt(number) / "attempt.json").write_text(json.dumps(tree))
+    assert bad_nodes(run) == {"n1", "n3"}
 
 
 def test_attempts_without_progress_are_counted_back_to_the_last_committed_step(tmp_path):
@@ -78,9 +101,12 @@ def test_attempts_without_progress_are_counted_back_to_the_last_committed_step(t
 def test_an_answer_of_scontrol_is_read():
     text = (
         "JobId=7 JobName=a b UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) "
-        "Requeue=1 Restarts=2 BatchFlag=1 NodeList=n[1-2] BatchHost=n1 Comment=qlora:/x=y z"
+        "Requeue=1 Restarts=2 BatchFlag=1 StartTime=Unknown EndTime=2026-11-22T10:00:00 "
+        "NodeList=n[1-2] BatchHost=n1 Comment=qlora:/x=y JobState=FAILED z"
     )
-    assert parse_job(text) == JobView("RUNNING", "None", 2, True, "n[1-2]")
+    view = parse_job(text)
+    assert replace(view, end_time=None) == JobView("RUNNING", "None", 2, True, "n[1-2]")
+    assert view.end_time == datetime(2026, 11, 22, 10).timestamp()
     with pytest.raises(SchedulerError, match="lacks 'JobState'"):
         parse_job("slurm_load_jobs error")
 
@@ -142,7 +168,7 @@ def test_scripts_with_nasty_names_are_sound_shell(tmp_path, name):
     done = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {argv}"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[1:] == ["-m", "qlora_dist.batch", str(run_dir)]
+    assert done.stdout.splitlines()[1:] == ["-m", "qlora_dist.batch", "120", str(run_dir)]
     if shutil.which("shellcheck"):
         # SC2016 warns of the very quoting that keeps such names from running.
         check = ["shellcheck", "--exclude=SC2016", "-"]

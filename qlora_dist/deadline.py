@@ -1,0 +1,64 @@
+"""When a job's time is over, and from when on its ranks must be saving."""
+
+import sys
+import time
+
+from qlora_dist.beats import Beat
+from qlora_dist.scheduler import SchedulerError, show_job
+
+# The limit may be changed while the job runs.
+_ASK_EVERY_S = 60.0
+# sbatch(1), --signal: the warning may come so much early.
+_EARLY_S = 60.0
+# What follows a save in a job: the ranks' ends, the decision, the requeue.
+_AFTER_S = 15.0
+# Before anything was measured.
+_UNMEASURED_S = 60.0
+
+
+class Deadline:
+    """Follows the end of this job's time.
+
+    Args:
+        job: Its id, as scontrol takes it.
+        lead_s: How long before it Slurm was asked to warn, in seconds.
+    """
+
+    def __init__(self, job: str, lead_s: float) -> None:
+        self._job, self._lead_s = job, lead_s
+        self._end: float | None = None
+        self._asked: float | None = None
+
+    def update(self) -> None:
+        """Ask Slurm, if the last answer is old; one that is not answered keeps the last."""
+        now = time.monotonic()
+        if self._asked is not None and now - self._asked < _ASK_EVERY_S:
+            return
+        self._asked = now
+        try:
+            view = show_job(self._job)
+        except SchedulerError as error:
+            sys.stderr.write(f"{error}\n")
+            return
+        self._end = view.end_time if view else self._end
+
+    def warned(self) -> bool:
+        """Whether a signal that comes now may be the warning of the limit."""
+        return self._end is not None and self._left() < self._lead_s + _EARLY_S
+
+    def due(self, beats: dict[int, Beat]) -> bool:
+        """Whether ranks must be asked to save now, for there may be no warning in time."""
+        return self._end is not None and self._left() < time_to_stop(beats)
+
+    def _left(self) -> float:
+        assert self._end is not None
+        return self._end - time.time()
+
+
+def time_to_stop(beats: dict[int, Beat]) -> float:
+    """Seconds from asking ranks to save until the job may be killed, with a reserve."""
+    micro_s = max((beat.micro_s for beat in beats.values()), default=0.0)
+    save_s = max((beat.save_s for beat in beats.values()), default=0.0)
+    if not save_s:
+        return _UNMEASURED_S + _AFTER_S
+    return 2 * (micro_s + save_s) + _AFTER_S

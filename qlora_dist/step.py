@@ -1,0 +1,116 @@
+"""One attempt on the nodes of a Slurm allocation: a task a node, watched to its end."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from qlora_dist import ends
+from qlora_dist.beats import Watch
+from qlora_dist.control import ask_to_kill
+from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
+from qlora_dist.layout import RunDir
+
+_POLL_S, _LOOK_S = 0.1, 1.0
+# A rank that fails takes the others down with it within seconds, but for those that wait on a GPU.
+_STRAGGLERS_S = 45.0
+# Nodes that were asked to kill their ranks have this long, before their tasks are given up.
+_KILL_S = 60.0
+
+
+class Step:
+    """Runs an attempt's tasks.
+
+    Args:
+        run: The run directory.
+        attempt: Number of the attempt.
+        tick: Called about once a second, with the watch over the ranks.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        attempt: int,
+        *,
+        tick: Callable[[Watch], None] = lambda _: None,
+    ) -> None:
+        command = json.loads(run.command_json.read_text(encoding="utf-8"))
+        self._run, self._attempt = run, attempt
+        self._tick = tick
+        self._world_size: int = command["world_size"]
+        self._watch = Watch(run, attempt, world_size=self._world_size, limit_s=command["timeout_s"])
+        self._hang: RankEnd | None = None
+        self._failed_at: float | None = None
+        self._killed_at: float | None = None
+
+    def run(self) -> RankEnd:
+        """Start a task on each node, and wait until the ranks, or all tasks, have ended."""
+        ranks = self._run.attempt(self._attempt) / "ranks"
+        stop = self._run.stop_file(self._attempt)
+        process, looked = self._start(), time.monotonic()
+        while process.poll() is None:
+            # A job that was asked to stop may be killed soon: torchrun's end is not waited for.
+            if stop.exists() and ends.all_ended(ranks, world_size=self._world_size):
+                break
+            if time.monotonic() - looked > _LOOK_S:
+                looked = time.monotonic()
+                self._look(process)
+                self._tick(self._watch)
+            time.sleep(_POLL_S)
+        own = [] if self._hang is None else [self._hang]
+        return worst([*read_rank_ends(ranks, world_size=self._world_size), *own])
+
+    def _look(self, process: "subprocess.Popen[bytes]") -> None:
+        """Find ranks that hang, or that others have left behind, and have them killed."""
+        now = time.monotonic()
+        if self._killed_at is not None:
+            if now - self._killed_at > _KILL_S:
+                process.kill()
+            return
+        if why := self._watch.hung():
+            self._hang = hang_end(why)
+            self._kill(why)
+            return
+        folder = self._run.attempt(self._attempt) / "ranks"
+        failed = [end for end in ends.read_said_ends(folder) if end.code not in ends.AGREED]
+        if not failed:
+            return
+        self._failed_at = self._failed_at or now
+        bad_node = worst(failed).code == ends.BAD_NODE
+        if bad_node or now - self._failed_at > _STRAGGLERS_S:
+            self._kill(f"rank {failed[0].rank} has ended, and the others cannot go on without it")
+
+    def _kill(self, why: str) -> None:
+        self._killed_at = time.monotonic()
+        sys.stdout.write(f"{why}\n")
+        sys.stdout.flush()
+        ask_to_kill(self._run, self._attempt, why)
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        logs = self._run.attempt(self._attempt) / "logs"
+        return _srun(
+            [
+                "--ntasks-per-node=1",
+                # The other nodes have a save to finish, whatever one task ends with.
+                "--kill-on-bad-exit=0",
+                "--wait=0",
+                f"--output={logs / 'node_%n.log'}",
+                "--open-mode=append",
+                *(sys.executable, "-m", "qlora_dist.node"),
+                *(str(self._run.root), str(self._attempt), socket.gethostname(), str(_free_port())),
+            ]
+        )
+
+
+def _srun(args: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start srun where a signal to the batch process's group does not reach it."""
+    return subprocess.Popen(["srun", *args], stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _free_port() -> int:
+    """A port that is free on this node, which is the job's first."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
