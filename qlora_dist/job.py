@@ -1,13 +1,12 @@
-"""One attempt of a run on one machine: start torchrun, pass on what it says, report the end.
+"""One attempt of a run in the foreground: on this machine, or on the nodes of an allocation.
 
 A signal that asks for a stop becomes a file that the ranks poll; torchrun itself is left alone,
 so that it neither kills ranks in the middle of a save nor fills the terminal with its traceback.
-A second signal is passed on to torchrun, a third kills it and every rank.
+A third signal kills every rank.
 """
 
 import json
 import signal
-import subprocess
 import time
 import types
 from collections.abc import Callable
@@ -22,17 +21,20 @@ from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
 from qlora_dist.process import STOP_SIGNALS
-from qlora_dist.ranks import end_ranks
 from qlora_dist.torchrun import ALONE, attend, start_torchrun
 
+# Runs an attempt's ranks to their end, and calls what it is given about once a second or oftener.
+Ranks = Callable[[RunDir, int, Callable[[], None]], RankEnd]
 
-def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> RankEnd:
+
+def run_attempt(run: RunDir, ranks: Ranks, *, say: Callable[[str], None], bar: bool) -> RankEnd:
     """Run the next attempt to its end.
 
     Args:
-        run: The run directory; its command.json says what to start.
+        run: The run directory.
+        ranks: Where the ranks run.
         say: Takes each line that a person should see; must not raise.
-        progress: Draw a progress bar on standard error.
+        bar: Draw a progress bar on standard error.
 
     Returns:
         The end that decides for all ranks.
@@ -40,29 +42,15 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
     Raises:
         RunDirError: Another launcher has the run.
     """
-    command = json.loads(run.command_json.read_text(encoding="utf-8"))
-    world_size = command["world_size"]
-    hangs: list[RankEnd] = []
     with own(run) as attempt:
-        watch = Watch(run, attempt, world_size=world_size, limit_s=command["timeout_s"])
-        process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt))
-        with (
-            _Stops(run, attempt, process) as stops,
-            Console(run, attempt, say, bar=progress) as console,
-        ):
+        with _Stops(run, attempt) as stops, Console(run, attempt, say, bar=bar) as console:
 
             def tick() -> None:
                 stops.tell(console.say)
                 console.update()
-                if not hangs and (why := watch.hung()):
-                    console.say(f"{why}; their stacks go into attempts/{attempt:03d}/logs")
-                    hangs.append(hang_end(why))
-                    ask_to_kill(run, attempt, why)
 
-            attend(process, run, attempt, range(world_size), tick=tick)
+            end = ranks(run, attempt, tick)
             stops.tell(console.say)
-        ends = read_rank_ends(run.attempt(attempt) / "ranks", world_size=world_size)
-        end = worst([*ends, *hangs])
         note(
             run,
             attempt,
@@ -74,6 +62,23 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
         return end
 
 
+def ranks_here(run: RunDir, attempt: int, tick: Callable[[], None]) -> RankEnd:
+    """Run all ranks of an attempt on this machine."""
+    command = json.loads(run.command_json.read_text(encoding="utf-8"))
+    world_size, hangs = command["world_size"], list[RankEnd]()
+    watch = Watch(run, attempt, world_size=world_size, limit_s=command["timeout_s"])
+
+    def look() -> None:
+        tick()
+        if not hangs and (why := watch.hung()):
+            hangs.append(hang_end(why))
+            ask_to_kill(run, attempt, why)
+
+    process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt))
+    attend(process, run, attempt, range(world_size), tick=look)
+    return worst([*read_rank_ends(run.attempt(attempt) / "ranks", world_size=world_size), *hangs])
+
+
 class _Stops:
     """Signals to the launcher while an attempt runs.
 
@@ -81,8 +86,8 @@ class _Stops:
     is left to the loop.
     """
 
-    def __init__(self, run: RunDir, attempt: int, process: subprocess.Popen[bytes]) -> None:
-        self._run, self._attempt, self._process = run, attempt, process
+    def __init__(self, run: RunDir, attempt: int) -> None:
+        self._run, self._attempt = run, attempt
         self._received: list[str] = []
         self._told = 0
         self._before: dict[signal.Signals, object] = {}
@@ -107,9 +112,7 @@ class _Stops:
             if self._told == 1:
                 say(f"{name}: stopping, with every complete step saved")
             elif self._told == 2:
-                self._process.send_signal(signal.SIGTERM)
-                say(f"{name} again: telling torchrun to stop")
+                say(f"{name} again: still saving; a third one kills every process")
             else:
-                end_ranks(self._run, self._attempt, None, after_s=0.0)
-                self._process.kill()
-                say(f"{name} a third time: killed")
+                ask_to_kill(self._run, self._attempt, f"{name}, for the third time")
+                say(f"{name} a third time: killing")

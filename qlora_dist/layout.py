@@ -25,6 +25,9 @@ from qlora_dist.errors import RunDirError, SpecError
 from qlora_dist.spec import RunSpec
 from qlora_dist.spec_file import spec_from_tree
 
+# In the folder of a sweep: its runs, in the order of the array's elements.
+SWEEP = "sweep.json"
+
 
 @dataclass(frozen=True)
 class RunDir:

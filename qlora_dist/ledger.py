@@ -12,7 +12,7 @@ from qlora_dist.beats import read_beats
 from qlora_dist.checkpoints import newest_step
 from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.process import Process
-from qlora_dist.scheduler import SchedulerError, SlurmJob, live_jobs, show_job
+from qlora_dist.scheduler import Queue, SchedulerError, SlurmJob, show_job
 from qlora_dist.spec import RunSpec
 
 
@@ -125,14 +125,22 @@ def measured(run: RunDir) -> Measured | None:
     return None
 
 
-def standing(run: RunDir, spec: RunSpec) -> Standing:
-    """Read where a run stands, asking Slurm where the run is one of its jobs."""
+def standing(run: RunDir, spec: RunSpec, queue: Queue | None = None) -> Standing:
+    """Read where a run stands, asking Slurm where the run is one of its jobs.
+
+    Args:
+        run: The run directory.
+        spec: Its spec.
+        queue: What Slurm has just answered, for callers that look at many runs.
+    """
     rows = tuple(_attempts(run))
-    state, detail = _state(run, spec, rows)
+    state, detail = _state(run, spec, rows, queue)
     return Standing(state, detail, newest_step(run.checkpoints), rows)
 
 
-def _state(run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...]) -> tuple[str, str]:
+def _state(
+    run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...], queue: Queue | None
+) -> tuple[str, str]:
     owner = _read(run.owner_json)
     try:
         if owner and "job" in owner:
@@ -140,10 +148,10 @@ def _state(run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...]) -> tuple[st
                 return "running", f"job {owner['job']}"
         elif owner and Process(**owner).is_gone() is False:
             return "running", f"process {owner['pid']} on {owner['host']}"
-        if spec.resources.backend == "slurm" and (jobs := live_jobs(run.root)):
-            view = show_job(jobs[0])
-            why = f", {view.state} ({view.reason})" if view else ""
-            return "queued", f"job {jobs[0]}{why}"
+        if spec.resources.backend == "slurm":
+            jobs = (queue or Queue.read()).jobs_of(run.root)
+            if jobs:
+                return "queued", _waits(jobs[0])
     except SchedulerError as error:
         return "unknown", str(error)
     if not rows:
@@ -153,6 +161,17 @@ def _state(run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...]) -> tuple[st
         return "failed", "ended without a word"
     states = {ends.DONE: "done", ends.PREEMPTED: "stopped", ends.TIME_LIMIT: "stopped"}
     return states.get(last.code, "failed"), last.cause
+
+
+def _waits(job: str) -> str:
+    view = show_job(job)
+    if view is None:
+        return f"job {job}"
+    text = f"job {job}, {view.state} ({view.reason})"
+    if view.start_time and view.start_time > time.time():
+        when = time.strftime("%m-%d %H:%M", time.localtime(view.start_time))
+        text += f", Slurm expects it to start at {when}"
+    return text
 
 
 def _attempts(run: RunDir) -> Iterator[AttemptRow]:

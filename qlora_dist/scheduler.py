@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_dist.errors import QLoRAError
+from qlora_dist.layout import SWEEP
 from qlora_dist.process import Process
 
 # A controller that is busy answers within seconds; one that is gone never does.
@@ -196,8 +197,46 @@ def live_jobs(run_dir: Path) -> Sequence[str]:
     Raises:
         SchedulerError: The controller does not answer.
     """
-    done = run_command("squeue", "--me", "--noheader", "--format=%i|%k")
-    if done.returncode:
-        raise SchedulerError(f"squeue: {done.stderr.strip()}")
-    rows = (line.strip().partition("|") for line in done.stdout.splitlines())
-    return [job for job, _, said in rows if said == comment_of(run_dir)]
+    return Queue.read().jobs_of(run_dir)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The caller's own jobs that are not over.
+
+    Attributes:
+        jobs: Id (``ARRAY_ELEMENT`` in an array) and comment of each.
+    """
+
+    jobs: Sequence[tuple[str, str]]
+
+    @classmethod
+    def read(cls) -> "Queue":
+        """Ask Slurm.
+
+        Raises:
+            SchedulerError: The controller does not answer.
+        """
+        done = run_command("squeue", "--me", "--array", "--noheader", "--format=%i|%k")
+        if done.returncode:
+            raise SchedulerError(f"squeue: {done.stderr.strip()}")
+        rows = (line.strip().partition("|") for line in done.stdout.splitlines())
+        return cls([(job, said) for job, _, said in rows])
+
+    def jobs_of(self, run_dir: Path) -> Sequence[str]:
+        """Ids of a run's jobs; an element's, if the run is one of a sweep."""
+        return [job for job, said in self.jobs if _is_of(run_dir, job, said)]
+
+
+def _is_of(run_dir: Path, job: str, said: str) -> bool:
+    if said == comment_of(run_dir):
+        return True
+    _, _, element = job.partition("_")
+    if said != comment_of(run_dir.parent) or not element.isdigit():
+        return False
+    try:
+        tree = json.loads((run_dir.parent / SWEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    runs = tree["runs"]
+    return int(element) < len(runs) and runs[int(element)] == run_dir.name

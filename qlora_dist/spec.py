@@ -20,6 +20,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Switch = Annotated[bool, Field(strict=True)]
+TIME = r"^(\d+-)?\d{1,3}:\d\d:\d\d$"
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
 Learn = Literal["auto", "answer", "all"]
@@ -314,8 +315,10 @@ class ResourcesSection(Section):
     cpus_per_process: Count | None = None
     """CPU threads of one process; by default the node's cores shared out evenly."""
     timeout_s: Count = 1800
-    """Longest wait in a collective before the run ends, in seconds."""
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d\d:\d\d$")] | None = None
+    """Longest that a process may stay at one place, such as a micro-batch, a save or loading the
+    model, in seconds. Where none gets on for so long, the stacks of all are written down, and the
+    attempt ends."""
+    time: Annotated[str, Field(pattern=TIME)] | None = None
     """Time limit of a job, [days-]hours:minutes:seconds."""
     profile: Text | None = None
     """Cluster profile: a name in slurm/clusters, or a YAML file."""

@@ -125,11 +125,26 @@ def _missing_file(path: Path) -> str:
     return "no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
 
 
+def parse_override(text: str) -> tuple[str, str]:
+    """Split ``section.key=value``.
+
+    Raises:
+        SpecError: It is none.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SpecError(
+            [f"{text!r}: an override is section.key=value, for example optimizer.lr=1e-4"]
+        )
+    return key, value
+
+
 def _apply(tree: dict[str, Any], override: str) -> str | None:
     """Set one ``section.key=value`` in ``tree``; return a problem, if there is one."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        return f"{override!r}: an override is section.key=value, for example optimizer.lr=1e-4"
+    try:
+        key, value = parse_override(override)
+    except SpecError as error:
+        return error.problems[0]
     try:
         parsed = parse_yaml(value, source=key)
     except SpecError as error:

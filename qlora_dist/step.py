@@ -1,6 +1,9 @@
 """One attempt on the nodes of a Slurm allocation: a task a node, watched to its end."""
 
 import json
+import os
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -12,12 +15,15 @@ from qlora_dist.beats import Watch
 from qlora_dist.control import ask_to_kill
 from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import RunDir
+from qlora_dist.scheduler import run_command
 
 _POLL_S, _LOOK_S = 0.1, 1.0
 # A rank that fails takes the others down with it within seconds, but for those that wait on a GPU.
 _STRAGGLERS_S = 45.0
 # Nodes that were asked to kill their ranks have this long, before their tasks are given up.
 _KILL_S = 60.0
+# Below those that Linux gives to outgoing connections.
+_PORTS = (20000, 32000)
 
 
 class Step:
@@ -40,6 +46,7 @@ class Step:
         self._run, self._attempt = run, attempt
         self._tick = tick
         self._world_size: int = command["world_size"]
+        self._num_nodes: int = command["nodes"]
         self._watch = Watch(run, attempt, world_size=self._world_size, limit_s=command["timeout_s"])
         self._hang: RankEnd | None = None
         self._failed_at: float | None = None
@@ -90,8 +97,11 @@ class Step:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         logs = self._run.attempt(self._attempt) / "logs"
+        host, port = _meeting_point()
         return _srun(
             [
+                f"--nodes={self._num_nodes}",
+                f"--ntasks={self._num_nodes}",
                 "--ntasks-per-node=1",
                 # The other nodes have a save to finish, whatever one task ends with.
                 "--kill-on-bad-exit=0",
@@ -99,9 +109,14 @@ class Step:
                 f"--output={logs / 'node_%n.log'}",
                 "--open-mode=append",
                 *(sys.executable, "-m", "qlora_dist.node"),
-                *(str(self._run.root), str(self._attempt), socket.gethostname(), str(_free_port())),
+                *(str(self._run.root), str(self._attempt), host, str(port)),
             ]
         )
+
+
+def ranks_on_nodes(run: RunDir, attempt: int, tick: Callable[[], None]) -> RankEnd:
+    """Run all ranks of an attempt on the nodes of this process's allocation."""
+    return Step(run, attempt, tick=lambda _: tick()).run()
 
 
 def _srun(args: Sequence[str]) -> "subprocess.Popen[bytes]":
@@ -109,8 +124,18 @@ def _srun(args: Sequence[str]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(["srun", *args], stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _free_port() -> int:
-    """A port that is free on this node, which is the job's first."""
+def _meeting_point() -> tuple[str, int]:
+    """A host name and a port on the first node, on which the first rank is to listen."""
+    here = socket.gethostname()
+    if "SLURMD_NODENAME" not in os.environ:
+        # salloc may leave its shell on the login node.
+        nodes = run_command("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
+        shown = run_command("scontrol", "show", "node", nodes.stdout.split()[0])
+        match = re.search(r"NodeHostName=(\S+)", shown.stdout)
+        host = match[1] if match else nodes.stdout.split()[0]
+        if host.partition(".")[0] != here.partition(".")[0]:
+            # Nobody here can tell which are free there; two jobs rarely draw the same.
+            return host, random.SystemRandom().randrange(*_PORTS)
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+        return here, int(probe.getsockname()[1])

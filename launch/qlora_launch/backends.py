@@ -1,9 +1,9 @@
 """Where a run can be started: a table of names, imported on use."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError
@@ -12,6 +12,7 @@ from qlora_dist.plan import Plan
 
 BACKENDS: dict[str, str] = {
     "local": "qlora_launch.local:LocalBackend",
+    "allocation": "qlora_launch.allocation:AllocationBackend",
     "slurm": "qlora_slurm.submit:SlurmBackend",
 }
 
@@ -28,6 +29,22 @@ class Backend(Protocol):
         ...
 
 
+class Queue(Backend, Protocol):
+    """A backend that runs wait in."""
+
+    def submit_sweep(
+        self, runs: Sequence[RunDir], plan: Plan, parallel: int, *, say: Callable[[str], None]
+    ) -> None:
+        """Send several runs of one folder at once."""
+        ...
+
+
+def get_queue(after: Sequence[str]) -> Queue:
+    """Import Slurm's backend, for runs that start after others have ended well."""
+    queue: Queue = _load("slurm", after)
+    return queue
+
+
 def get_backend(name: str) -> Backend:
     """Import the backend that a spec names.
 
@@ -38,11 +55,15 @@ def get_backend(name: str) -> Backend:
         raise PlanError(
             f"resources.backend: {name} does not run yet; what runs: {', '.join(BACKENDS)}"
         )
+    backend: Backend = _load(name)
+    return backend
+
+
+def _load(name: str, *args: object) -> Any:
     module, _, attribute = BACKENDS[name].partition(":")
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        return getattr(importlib.import_module(module), attribute)(*args)
     except ModuleNotFoundError as error:
         raise PlanError(
             f"resources.backend: {name} needs {error.name}; pip install 'qlora-dist[{name}]'"
         ) from error
-    return backend

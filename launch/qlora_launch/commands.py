@@ -72,22 +72,10 @@ def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
 
 def run_command(args: argparse.Namespace) -> int:
     """Write a run directory, and start it."""
-    from qlora_dist.errors import PlanError
-    from qlora_dist.plan import make_plan
-    from qlora_launch.render import render
-    from qlora_launch.rundir import absolute_paths, check_local_paths, write_run_dir
-    from qlora_launch.show import bundle_text
-
-    spec = absolute_paths(_load(args))
-    plan = make_plan(spec)
-    bundle = render(plan)
+    plan = _plan(_load(args))
     if args.dry_run:
-        print(bundle_text(bundle))
-        return 0
-    if plan.not_runnable:
-        raise PlanError("\n".join(plan.not_runnable))
-    check_local_paths(spec)
-    run = write_run_dir(bundle, spec)
+        return _print_bundle(plan)
+    run = _write(plan)
     if args.prepare:
         _say(f"{run.root} is written; start it with: qlora resume {run.root}")
         return 0
@@ -95,9 +83,56 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def submit_command(args: argparse.Namespace) -> int:
-    """The same with Slurm as the backend."""
-    args.overrides = [*args.overrides, "resources.backend=slurm"]
-    return run_command(args)
+    """The same with Slurm as the backend, or several of them as an array."""
+    from qlora_launch.backends import get_queue
+    from qlora_launch.sweep import sweep_specs
+
+    overrides = [*args.overrides, "resources.backend=slurm"]
+    backend = get_queue(args.after)
+    if not args.sweep:
+        from qlora_dist.spec_file import load_spec
+
+        plan = _plan(load_spec(args.config, overrides))
+        if args.dry_run:
+            return _print_bundle(plan)
+        backend.submit(_write(plan), plan, say=_say)
+        return 0
+    plans = [_plan(spec) for spec in sweep_specs(args.config, overrides, args.sweep)]
+    if args.dry_run:
+        for plan in plans:
+            _print_bundle(plan)
+        return 0
+    # All are sound before the first is written.
+    runs = [_write(plan) for plan in plans]
+    backend.submit_sweep(runs, plans[0], args.parallel or len(runs), say=_say)
+    return 0
+
+
+def _plan(spec: "RunSpec") -> "Plan":
+    """The plan of a run that may start."""
+    from qlora_dist.plan import make_plan
+    from qlora_launch.rundir import absolute_paths
+
+    return make_plan(absolute_paths(spec))
+
+
+def _print_bundle(plan: "Plan") -> int:
+    from qlora_launch.render import render
+    from qlora_launch.show import bundle_text
+
+    print(bundle_text(render(plan)))
+    return 0
+
+
+def _write(plan: "Plan") -> "RunDir":
+    from qlora_dist.errors import PlanError
+    from qlora_launch.render import render
+    from qlora_launch.rundir import check_local_paths, write_run_dir
+
+    if plan.not_runnable:
+        raise PlanError("\n".join(plan.not_runnable))
+    check_local_paths(plan.spec)
+    return write_run_dir(render(plan), plan.spec)
 
 
 def resume_command(args: argparse.Namespace) -> int:

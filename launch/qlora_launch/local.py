@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_dist.ends import RankEnd
-from qlora_dist.job import run_attempt
+from qlora_dist.job import ranks_here, run_attempt
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Plan
 
@@ -19,4 +19,4 @@ class LocalBackend:
 
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd:
         """Run the next attempt to its end, a progress bar on a terminal, plain lines elsewhere."""
-        return run_attempt(run, say=say, progress=sys.stderr.isatty())
+        return run_attempt(run, ranks_here, say=say, bar=sys.stderr.isatty())

@@ -61,7 +61,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _config_arguments(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
-    submit.set_defaults(prepare=False)
+    submit.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a run for each value, as one array; several --sweep make all combinations",
+    )
+    submit.add_argument(
+        "--parallel", type=_positive, metavar="N", help="runs of a sweep at once; all if absent"
+    )
+    submit.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="JOB",
+        help="start once this job, or the job of this run directory, has ended well",
+    )
 
     resume = verb(
         "resume", commands.resume_command, "go on with a run from its last committed step"

@@ -54,6 +54,7 @@ def render(plan: Plan) -> Bundle:
             {
                 "torchrun": list(options),
                 "env": env,
+                "nodes": plan.topology.nodes,
                 "world_size": plan.topology.world_size,
                 "timeout_s": spec.resources.timeout_s,
             }

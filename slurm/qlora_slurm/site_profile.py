@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from qlora_dist.errors import SpecError, UserError
-from qlora_dist.spec import Count, Section, Text
+from qlora_dist.spec import TIME, Count, Section, Text
 from qlora_dist.spec_file import parse_yaml
 
 # Profiles that come with the project lie beside this package, in a checkout.
@@ -28,6 +28,13 @@ class Profile(Section):
     """Reservation to run in."""
     exclude: Text | None = None
     """Nodes to leave out."""
+    gres: Text | None = None
+    """Generic resources of each node, such as gpu:a100:8, where the site wants more said than how
+    many GPUs."""
+    cpus: Count | None = None
+    """CPU cores of each node; by default resources.cpus_per_process for each process."""
+    time: Annotated[str, Field(pattern=TIME)] | None = None
+    """Time limit where a config has none, [days-]hours:minutes:seconds."""
     mem_gb: Annotated[float, Field(gt=0)] | None = None
     """Host memory of each node, in GB. Without it some clusters give a job the whole node's, and
     run one job at a time on it."""
@@ -41,8 +48,12 @@ class Profile(Section):
     """Variables of the job."""
     network_interface: Text | None = None
     """Interface that the nodes talk over, such as ib0."""
+    mail_user: Text | None = None
+    """Where Slurm writes to about a job."""
+    mail_type: Text = "END,FAIL"
+    """When it does."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Further options of sbatch, by their long names, such as {mail-type: END}."""
+    """Further options of sbatch, by their long names, such as {nice: 100}."""
 
 
 def load_profile(name: str | None) -> Profile:

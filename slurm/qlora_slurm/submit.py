@@ -1,29 +1,31 @@
-"""Runs as Slurm jobs: the batch script, and handing it to sbatch through submitit."""
+"""Runs as Slurm jobs: handing a batch script to sbatch through submitit, once."""
 
-import shlex
+import re
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+from submitit.slurm.slurm import SlurmExecutor
 
 from qlora_dist.ends import RankEnd
-from qlora_dist.errors import PlanError, RunDirError, UserError
-from qlora_dist.layout import RunDir
+from qlora_dist.errors import RunDirError, UserError
+from qlora_dist.files import write_json, write_text
+from qlora_dist.layout import SWEEP, RunDir
 from qlora_dist.plan import Plan
-from qlora_dist.scheduler import comment_of, live_jobs
-from qlora_slurm.site_profile import Profile, load_profile
-
-_DEFAULT_TIME_MIN = 24 * 60
-# sbatch(1), --signal: it may come up to 60 s early. A job then needs time to start and to train.
-_EARLY_S, _START_S = 60, 60
+from qlora_dist.scheduler import live_jobs
+from qlora_slurm.script import Job, batch_script, command, parameters
 
 
 class SlurmBackend:
-    """Jobs of one task a node."""
+    """Jobs of one task a node.
+
+    Args:
+        after: Jobs, or run directories whose jobs are in the queue, that must end well first.
+    """
+
+    def __init__(self, after: Sequence[str] = ()) -> None:
+        self._after = tuple(after)
 
     def files(self, plan: Plan, run_dir: Path) -> dict[str, str]:
         """The batch script, for the bundle.
@@ -31,7 +33,7 @@ class SlurmBackend:
         Raises:
             UserError: The profile is missing or wrong.
         """
-        return {"batch.sh": batch_script(plan, run_dir)}
+        return {"batch.sh": batch_script(Job(plan, run_dir, (run_dir,)))}
 
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
         """Send the run to the queue, once.
@@ -40,124 +42,79 @@ class SlurmBackend:
             RunDirError: A job of this run is in the queue already.
             UserError: There is no Slurm here, or it refuses the job.
         """
-        if shutil.which("sbatch") is None:
-            raise UserError(
-                "resources.backend: slurm, and there is no sbatch on this machine; submit from a "
-                "login node, or use resources.backend=local"
-            )
+        _check_idle([run])
+        job = self._send(Job(plan, run.root, (run.root,), after=self._jobs_before()))
+        say(
+            f"submitted job {job}: {plan.topology.nodes} node(s); follow it with: "
+            f"qlora logs -f {run.root}"
+        )
+        return None
+
+    def submit_sweep(
+        self, runs: Sequence[RunDir], plan: Plan, parallel: int, *, say: Callable[[str], None]
+    ) -> None:
+        """Send several runs of one folder to the queue as an array.
+
+        Args:
+            runs: The runs, element by element.
+            plan: Of any of them; what a job needs is the same for all.
+            parallel: How many elements run at once.
+            say: Takes what a person should see.
+
+        Raises:
+            RunDirError: A job of one of the runs is in the queue already.
+            UserError: There is no Slurm here, or it refuses the job.
+        """
+        _check_idle(runs)
+        folder = runs[0].root.parent
+        job = Job(plan, folder, tuple(run.root for run in runs), parallel, self._jobs_before())
+        write_json(folder / SWEEP, {"runs": [run.root.name for run in runs]})
+        write_text(folder / "batch.sh", batch_script(job))
+        (folder / "control").mkdir(mode=0o700, exist_ok=True)
+        say(
+            f"submitted job {self._send(job)}: {len(runs)} runs, {parallel} at once; see them "
+            f"with: qlora list {folder}"
+        )
+
+    def _jobs_before(self) -> tuple[str, ...]:
+        found: list[str] = []
+        for text in self._after:
+            if re.fullmatch(r"\d+(_\d+)?", text):
+                found.append(text)
+                continue
+            jobs = live_jobs(Path(text).expanduser().absolute())
+            if not jobs:
+                raise UserError(f"--after {text}: neither a job's number nor a run in the queue")
+            found += jobs
+        return tuple(found)
+
+    def _send(self, job: Job) -> str:
+        for root in job.runs:
+            # Whoever submits a cancelled run wants it again, requeues and all.
+            RunDir(root).cancel_file.unlink(missing_ok=True)
+        folder = job.folder / "control" / "submitit"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        executor = SlurmExecutor(folder)
+        executor.update_parameters(**parameters(job))
+        try:
+            # Not submit(): the job is ours, and nothing of it is pickled.
+            return str(executor._submit_command(command(job)).job_id)
+        except FailedJobError as error:
+            raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
+
+
+def _check_idle(runs: Sequence[RunDir]) -> None:
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "resources.backend: slurm, and there is no sbatch on this machine; submit from a "
+            "login node, or use resources.backend=local"
+        )
+    for run in runs:
         if jobs := live_jobs(run.root):
             raise RunDirError(
                 f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
-                f"scancel {' '.join(jobs)}"
+                f"qlora cancel {run.root}"
             )
-        # Whoever submits a cancelled run wants it again, requeues and all.
-        run.cancel_file.unlink(missing_ok=True)
-        folder = run.control / "submitit"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        executor = SlurmExecutor(folder)
-        executor.update_parameters(**parameters(plan, run.root))
-        try:
-            # Not submit(): the job is ours, and nothing of it is pickled.
-            job = executor._submit_command(command(plan, run.root))
-        except FailedJobError as error:
-            raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
-        say(f"submitted job {job.job_id}: {plan.topology.nodes} node(s); follow it with: squeue")
-        return None
-
-
-def batch_script(plan: Plan, run_dir: Path) -> str:
-    """The exact script that sbatch is given."""
-    # submitit's own function, since a dry run must not need Slurm.
-    text: str = _make_sbatch_string(
-        command=command(plan, run_dir),
-        folder=run_dir / "control" / "submitit",
-        **_converted(parameters(plan, run_dir)),
-    )
-    return text
-
-
-def command(plan: Plan, run_dir: Path) -> str:
-    """What the batch script becomes: the batch process, with no shell around it."""
-    lead_s = load_profile(plan.spec.resources.profile).signal_lead_s
-    argv = [sys.executable, "-m", "qlora_dist.batch", str(lead_s), str(run_dir)]
-    return "exec " + shlex.join(argv)
-
-
-def parameters(plan: Plan, run_dir: Path) -> dict[str, Any]:
-    """What submitit is told.
-
-    Raises:
-        UserError: The profile is missing or wrong.
-    """
-    spec = plan.spec
-    profile = load_profile(spec.resources.profile)
-    if any(character in str(run_dir) for character in "\n|%\\"):
-        # sbatch reads % in file names as patterns, and squeue's answer is read line by line.
-        raise PlanError(f"run_dir: {str(run_dir)!r} holds a newline, |, % or \\; Slurm cannot")
-    minutes = _minutes(spec.resources.time)
-    if 60 * minutes < profile.signal_lead_s + _EARLY_S + _START_S:
-        least = -(-(profile.signal_lead_s + _EARLY_S + _START_S) // 60)
-        raise PlanError(
-            f"resources.time: {minutes} min leave nothing to train before the warning that "
-            f"signal_lead_s={profile.signal_lead_s} asks for, which may come a minute early; use "
-            f"at least 0:{least:02d}:00"
-        )
-    named = ("partition", "account", "qos", "constraint", "exclude")
-    values: dict[str, Any] = {
-        "job_name": spec.name,
-        "nodes": plan.topology.nodes,
-        "time": minutes,
-        "cpus_per_task": _cpus(plan),
-        "use_srun": False,
-        "stderr_to_stdout": True,
-        "setup": _setup(profile),
-        **{name: value for name in named if (value := getattr(profile, name)) is not None},
-        "additional_parameters": {
-            "ntasks-per-node": 1,
-            "requeue": True,
-            "comment": comment_of(run_dir),
-            "output": str(run_dir / "control" / "slurm-%j.out"),
-            # To the batch process alone: no signal crosses torchrun.
-            "signal": f"B:USR1@{profile.signal_lead_s}",
-            **({"reservation": profile.reservation} if profile.reservation else {}),
-            **({"mem": f"{int(profile.mem_gb * 1024)}M"} if profile.mem_gb else {}),
-            **profile.sbatch,
-        },
-    }
-    if plan.topology.device == "cuda":
-        values["gpus_per_node"] = plan.topology.processes_per_node
-    return values
-
-
-def _converted(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _setup(profile: Profile) -> list[str]:
-    env = dict(profile.env)
-    if profile.network_interface is not None:
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-            env.setdefault(name, profile.network_interface)
-    return [
-        # Until the batch process handles them; what is ignored now cannot end it before.
-        "trap '' TERM USR1 USR2",
-        *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
-        *profile.setup,
-    ]
-
-
-def _cpus(plan: Plan) -> int | None:
-    each = plan.spec.resources.cpus_per_process
-    return None if each is None else each * plan.topology.processes_per_node
-
-
-def _minutes(text: str | None) -> int:
-    if text is None:
-        return _DEFAULT_TIME_MIN
-    days, _, clock = text.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    total = (int(days or 0) * 24 + hours) * 60 + minutes + (1 if seconds else 0)
-    return max(1, total)
 
 
 def _last_words(error: Exception) -> str:

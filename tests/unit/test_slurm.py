@@ -15,10 +15,10 @@ from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress
 from qlora_dist.plan import make_plan
 from qlora_dist.requeue import BUDGETS, decide
-from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, parse_job
+from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, parse_job
 from qlora_dist.spec_file import spec_from_tree
+from qlora_slurm.script import Job, batch_script
 from qlora_slurm.site_profile import load_profile
-from qlora_slurm.submit import batch_script
 from tests.unit.test_spec import GOOD
 
 RUNNING = JobView("RUNNING", "None", restarts=0, requeue=True, nodes="n[1-2]")
@@ -117,7 +117,7 @@ def test_an_array_element_is_named_by_array_and_index():
     assert SlurmJob.this({"SLURM_JOB_ID": "9"}) == SlurmJob("9", 0)
 
 
-def script(tmp_path, run_dir, profile="", time="1-02:30:00"):
+def script(tmp_path, run_dir, profile="", time="1-02:30:00", runs=(), parallel=None):
     file = tmp_path / "site.yaml"
     file.write_text(profile)
     spec = spec_from_tree(
@@ -134,7 +134,7 @@ def script(tmp_path, run_dir, profile="", time="1-02:30:00"):
             },
         }
     )
-    return batch_script(make_plan(spec), run_dir)
+    return batch_script(Job(make_plan(spec), run_dir, runs or (run_dir,), parallel))
 
 
 def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
@@ -142,14 +142,17 @@ def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
         tmp_path,
         tmp_path / "r",
         "partition: gpu\naccount: lab\nmem_gb: 1.5\nsignal_lead_s: 300\nnetwork_interface: ib0\n"
-        "setup: [module load cuda]\nenv: {A: b c}\nsbatch: {mail-type: END}\n",
+        "setup: [module load cuda]\nenv: {A: b c}\nsbatch: {nice: 100}\ngres: gpu:a100:4\n"
+        "cpus: 32\nmail_user: me@lab\n",
     )
     for line in (
-        *("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=1590", "--requeue"),
+        *("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:a100:4", "--time=1590", "--requeue"),
         *("--partition=gpu", "--account=lab", "--mem=1536M", "--signal=B:USR1@300"),
-        "--mail-type=END",
+        *("--mail-user=me@lab", "--mail-type=END,FAIL", "--nice=100", "--cpus-per-task=32"),
     ):
         assert f"#SBATCH {line}\n" in text
+    # The site has said it in its own words.
+    assert "--gpus-per-node" not in text
     body = text.partition("# setup\n")[2].splitlines()
     assert body[0] == "trap '' TERM USR1 USR2"
     assert "export NCCL_SOCKET_IFNAME=ib0" in body
@@ -173,6 +176,22 @@ def test_scripts_with_nasty_names_are_sound_shell(tmp_path, name):
         # SC2016 warns of the very quoting that keeps such names from running.
         check = ["shellcheck", "--exclude=SC2016", "-"]
         subprocess.run(check, input=text, text=True, check=True)
+
+
+def test_a_sweep_is_one_array_that_knows_each_run(tmp_path):
+    runs = (tmp_path / "lr-1e-4", tmp_path / "lr-2e-4")
+    text = script(tmp_path, tmp_path, runs=runs, parallel=1)
+    assert "#SBATCH --array=0-1%1\n" in text
+    assert text.splitlines()[-1].endswith(f"-m qlora_dist.batch 120 {runs[0]} {runs[1]}")
+
+
+def test_the_element_of_an_array_is_its_runs_job(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"runs": ["a", "b"]}')
+    said = f"qlora:{tmp_path}"
+    queue = Queue([("7_0", said), ("7_1", said), ("8", f"qlora:{tmp_path / 'a'}"), ("9_5", said)])
+    assert queue.jobs_of(tmp_path / "a") == ["7_0", "8"]
+    assert queue.jobs_of(tmp_path / "b") == ["7_1"]
+    assert queue.jobs_of(tmp_path / "c") == []
 
 
 def test_a_time_limit_that_the_warning_uses_up_is_refused(tmp_path):
