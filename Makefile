@@ -15,7 +15,7 @@ READY :=
 endif
 
 .PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test slurm-testbed \
-	slurm-testbed-down slurm-test clean
+	slurm-testbed-down slurm-faults test-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -37,8 +37,12 @@ format: $(READY)
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
+# Slurm's part runs where its programs are installed (slurm/testbed/README.md), and skips elsewhere.
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -m "not matrix"
+
+test-matrix: $(READY)
+	$(PYTHON) -m pytest -m matrix
 
 docs: $(READY)
 	$(PYTHON) tools/make_docs.py
@@ -76,9 +80,9 @@ gpu-test:
 	$(PYTHON) tools/need.py gpu-test
 	$(PYTHON) -m pytest tests/gpu
 
-# Minutes, and a Slurm of its own; needs Debian's slurm-wlm, slurmdbd, munge, mariadb-server and root.
-slurm-test: $(READY)
-	$(PYTHON) -m pytest tests/slurm
+# Every fault in every pair of settings, about an hour; ARGS="--only preempted --settings 2".
+slurm-faults: $(READY)
+	$(PYTHON) bench/slurm_faults.py $(ARGS)
 
 slurm-testbed: $(READY)
 	$(PYTHON) slurm/testbed/qlora_testbed.py up .cache/slurm $(ARGS)
