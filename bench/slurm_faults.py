@@ -84,8 +84,11 @@ def preempt(at: Struck) -> None:
 
 
 def shorten(at: Struck) -> None:
-    """The time limit comes nearer: two minutes are left, less than the warning's lead."""
+    """The time limit comes nearer, for this execution: about a minute is left."""
     at.testbed.run("scontrol", "update", f"JobId={at.job}", f"TimeLimit={minutes_run(at) + 2}")
+    record = at.run.attempt(0) / "attempt.json"
+    wait_until(lambda: "ended_at" in record.read_text())
+    at.testbed.run("scontrol", "update", f"JobId={at.job}", "TimeLimit=20")
 
 
 def minutes_run(at: Struck) -> int:

@@ -70,6 +70,11 @@ class Standing:
     attempts: tuple[AttemptRow, ...]
 
     @property
+    def last_step(self) -> int:
+        """Last step that any attempt has completed."""
+        return max((row.last_step for row in self.attempts), default=0)
+
+    @property
     def goodput(self) -> float | None:
         """Part of the attempts' time that went into steps that the run still has; None before."""
         spent = sum((row.ended_at or time.time()) - row.started_at for row in self.attempts)

@@ -201,6 +201,18 @@ def _failure_text(run: "RunDir", end: "RankEnd") -> str:
     return f"qlora: {end.cause}\nrank {end.rank} failed after step {end.step}; its log: {log}\n"
 
 
+def drill_command(args: argparse.Namespace) -> int:
+    """Do a fault to a short run, and see whether it comes back."""
+    from qlora_launch.drill import drill, drill_spec, report_text
+    from qlora_launch.rundir import absolute_paths, check_local_paths
+
+    spec = drill_spec(absolute_paths(_load(args)), args.steps)
+    check_local_paths(spec)
+    report = drill(spec, args.fault, say=_say)
+    _say(report_text(report, args.fault))
+    return 0 if report.passed else 1
+
+
 def status_command(args: argparse.Namespace) -> int:
     """Say where a run stands."""
     from qlora_dist.layout import open_run

@@ -79,6 +79,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="start once this job, or the job of this run directory, has ended well",
     )
 
+    drill = verb(
+        "drill",
+        commands.drill_command,
+        "do a fault to a short run of a config, on its own cluster, and see whether it comes back",
+    )
+    _config_arguments(drill)
+    drill.add_argument(
+        "--fault",
+        required=True,
+        choices=["sigterm", "sigkill", "exception", "hang", "requeue", "warning", "preemption"],
+        help="the last three are Slurm's: scontrol requeue, the signal before a time limit, the "
+        "signal of a preemption",
+    )
+    drill.add_argument(
+        "--steps", type=_positive, default=20, metavar="N", help="length of the run (20)"
+    )
+
     resume = verb(
         "resume", commands.resume_command, "go on with a run from its last committed step"
     )

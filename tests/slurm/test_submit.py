@@ -43,7 +43,7 @@ def slurm(testbed, tmp_path, tiny_model, pairs_file, monkeypatch):
         monkeypatch.setenv(name, value)
     profile = tmp_path / "site.yaml"
 
-    def submit(name="run", *, code=0, site=None, **changes):
+    def submit(name="run", *, code=0, site=None, verb=("submit",), **changes):
         lines = {"partition": "low", "mem_gb": 1, "signal_lead_s": 30, **(site or {})}
         profile.write_text(json.dumps(lines))
         changes = SLOW | {
@@ -51,7 +51,7 @@ def slurm(testbed, tmp_path, tiny_model, pairs_file, monkeypatch):
             **changes,
         }
         config = write_config(tmp_path, tiny_model, pairs_file, name, changes)
-        done = run_qlora(tmp_path, "submit", config, code=code)
+        done = run_qlora(tmp_path, *verb, config, code=code)
         return RunDir(tmp_path / name), done
 
     yield submit
@@ -151,3 +151,10 @@ def test_no_slurm_here(slurm, tmp_path, tiny_model, pairs_file, monkeypatch):
     config = write_config(tmp_path, tiny_model, pairs_file, "x", {})
     done = run_qlora(tmp_path, "submit", config, code=2, env={"PATH": "/nowhere"})
     assert "there is no sbatch on this machine" in done.stderr
+
+
+def test_a_drill_has_slurm_requeue_a_run_and_sees_it_come_back(slurm, tmp_path):
+    """Through the command that a user has, on the cluster's own terms."""
+    _, done = slurm("drilled", code=0, verb=("drill", "--fault", "requeue", "--steps", "20"))
+    assert "scontrol requeue" in done.stdout
+    assert "requeue: the run came back exactly: 2 attempts, 0 steps taken again" in done.stdout
