@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test slurm-testbed \
+.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-test slurm-testbed \
 	slurm-testbed-down slurm-faults test-matrix clean
 
 setup: $(VENV)/.ready
@@ -67,6 +67,10 @@ faults: $(READY)
 bench-data: $(READY) $(READY:.ready=.ready-bench)
 	$(PYTHON) demo/model.py .cache/smollm2-135m-instruct
 	$(PYTHON) bench/data.py
+
+# With SLURM_CONF of a testbed in the environment, submit too.
+bench-overhead: $(READY)
+	$(PYTHON) bench/overhead.py
 
 gpu-line:
 	$(PYTHON) tools/need.py gpu
