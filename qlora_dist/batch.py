@@ -22,11 +22,14 @@ from typing import Literal
 from qlora_dist import ends
 from qlora_dist.attempt import note, own
 from qlora_dist.checkpoints import newest_step
+from qlora_dist.code_tree import check_code
 from qlora_dist.ends import RankEnd, read_rank_ends, worst
+from qlora_dist.environment import for_sbatch
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
 from qlora_dist.scheduler import JobView, SchedulerError, SlurmJob, requeue, run_command, show_job
+from qlora_dist.torchrun import pass_env
 
 # What follows an attempt; "requeued" was Slurm's own doing.
 Next = Literal["nothing", "requeue", "requeued", "new job"]
@@ -48,7 +51,7 @@ def main(run_path: str) -> int:
         with own(run, job) as attempt:
             stops.watch(run.stop_file(attempt))
             note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
-            end = _run_nodes(run, attempt, stops)
+            end = _run(run, attempt, stops)
             # A step may be committed after its last rank has said how it ended.
             step = newest_step(run.checkpoints)
             view = _ask(job)
@@ -80,7 +83,7 @@ def main(run_path: str) -> int:
     # From here on a signal has nothing left to stop.
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    return _follow(job, following, end.code)
+    return _follow(run, job, following, end.code)
 
 
 def decide(
@@ -165,6 +168,15 @@ class _Stops:
                 self._file.touch(mode=0o600)
 
 
+def _run(run: RunDir, attempt: int, stops: _Stops) -> RankEnd:
+    """Run the attempt, unless what it would execute is not the run's own code."""
+    try:
+        check_code(run)
+    except QLoRAError as error:
+        return RankEnd(0, error.exit_code, str(error), newest_step(run.checkpoints), time.time())
+    return _run_nodes(run, attempt, stops)
+
+
 def _run_nodes(run: RunDir, attempt: int, stops: _Stops) -> RankEnd:
     """Start a task on each node, and wait until the ranks, or all tasks, have ended."""
     world_size = json.loads(run.command_json.read_text(encoding="utf-8"))["world_size"]
@@ -209,7 +221,7 @@ def _ask(job: SlurmJob) -> JobView | None:
         return None
 
 
-def _follow(job: SlurmJob, following: Next, code: int) -> int:
+def _follow(run: RunDir, job: SlurmJob, following: Next, code: int) -> int:
     if following == "requeue":
         try:
             requeue(job.job)
@@ -221,6 +233,7 @@ def _follow(job: SlurmJob, following: Next, code: int) -> int:
         done = subprocess.run(
             ["sbatch", "--parsable", f"--dependency=afterany:{os.environ['SLURM_JOB_ID']}"],
             input=script.stdout,
+            env=for_sbatch(os.environ, pass_env(run, os.environ)),
             text=True,
             check=False,
         )

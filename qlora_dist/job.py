@@ -7,6 +7,7 @@ A second signal is passed on to torchrun, a third kills it and every rank.
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -21,7 +22,7 @@ from qlora_dist.ends import RankEnd, read_rank_ends, worst
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
 from qlora_dist.process import STOP_SIGNALS
-from qlora_dist.torchrun import ALONE, start_torchrun
+from qlora_dist.torchrun import ALONE, note_env, process_env, start_torchrun
 
 # Ranks whose torchrun is gone notice at their next micro-batch, save and end; then they are killed.
 _LAST_SAVE_S = 30.0
@@ -40,10 +41,13 @@ def run_attempt(run: RunDir, *, say: Callable[[str], None], progress: bool) -> R
 
     Raises:
         RunDirError: Another launcher has the run.
+        PlanError: The run directory's name cannot be on Python's path.
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
     with own(run) as attempt:
-        process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt), {})
+        env = process_env(run, attempt, os.environ, {})
+        note_env(run, attempt, os.environ, env)
+        process = start_torchrun(run, ALONE, run.launcher_log(attempt), env)
         with (
             _Stops(run, attempt, process) as stops,
             Console(run, attempt, say, bar=progress) as console,

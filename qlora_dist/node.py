@@ -6,6 +6,7 @@ still saving half a minute later.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import types
 from pathlib import Path
 
 from qlora_dist.layout import RunDir
-from qlora_dist.torchrun import start_torchrun
+from qlora_dist.torchrun import note_env, process_env, start_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -31,9 +32,11 @@ def main(run_path: str, attempt: str, host: str, port: str) -> int:
         f"--master-port={port}",
     )
     log = run.attempt(number) / "logs" / f"torchrun_{os.environ['SLURM_NODEID']}.log"
-    process = start_torchrun(
-        run, number, rendezvous, log, {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"}
-    )
+    # Whether the code is the run's own is left to the ranks, whose ends the batch process hears of.
+    env = process_env(run, number, os.environ, {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"})
+    if os.environ["SLURM_NODEID"] == "0":
+        note_env(run, number, os.environ, env, left_out=_not_submitted(run))
+    process = start_torchrun(run, rendezvous, log, env)
 
     def on_signal(_number: int, _frame: types.FrameType | None) -> None:
         with contextlib.suppress(OSError):
@@ -42,6 +45,15 @@ def main(run_path: str, attempt: str, host: str, port: str) -> int:
     for each in SIGNALS:
         signal.signal(each, on_signal)
     return process.wait()
+
+
+def _not_submitted(run: RunDir) -> list[str]:
+    """Names of variables that sbatch has not passed on."""
+    try:
+        tree = json.loads(run.submitted_json.read_text(encoding="utf-8"))
+    except OSError:
+        return []
+    return [str(name) for name in tree["left_out"]]
 
 
 if __name__ == "__main__":

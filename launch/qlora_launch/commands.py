@@ -73,7 +73,9 @@ def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
 def run_command(args: argparse.Namespace) -> int:
     """Write a run directory, and start it."""
     from qlora_dist.errors import PlanError
+    from qlora_dist.layout import RunDir
     from qlora_dist.plan import make_plan
+    from qlora_launch.backends import get_backend
     from qlora_launch.render import render
     from qlora_launch.rundir import absolute_paths, check_local_paths, write_run_dir
     from qlora_launch.show import bundle_text
@@ -87,6 +89,8 @@ def run_command(args: argparse.Namespace) -> int:
     if plan.not_runnable:
         raise PlanError("\n".join(plan.not_runnable))
     check_local_paths(spec)
+    if not args.prepare:
+        get_backend(spec.resources.backend).check(RunDir(bundle.run_dir))
     run = write_run_dir(bundle, spec)
     if args.prepare:
         _say(f"{run.root} is written; start it with: qlora resume {run.root}")
@@ -108,6 +112,7 @@ def resume_command(args: argparse.Namespace) -> int:
     from qlora_dist.plan import make_plan
     from qlora_dist.resume import check_change
     from qlora_dist.spec_file import spec_from_tree
+    from qlora_launch.backends import get_backend
     from qlora_launch.render import render
     from qlora_launch.rundir import absolute_paths, change_run_dir
     from qlora_launch.show import bundle_text
@@ -130,6 +135,8 @@ def resume_command(args: argparse.Namespace) -> int:
         raise PlanError(
             f"schedule.steps: {steps} steps, and the run has {done} behind it; use at least {done}"
         )
+    # What a job that waits will run stays as it is.
+    get_backend(spec.resources.backend).check(run)
     if args.overrides:
         change_run_dir(run, bundle)
     return _start(run, plan)
@@ -138,8 +145,10 @@ def resume_command(args: argparse.Namespace) -> int:
 def _start(run: "RunDir", plan: "Plan") -> int:
     from qlora_dist.ends import DONE, PREEMPTED
     from qlora_launch.backends import get_backend
+    from qlora_launch.code_snapshot import take_code
 
     _say(f"run directory: {run.root}")
+    take_code(run, say=_say)
     end = get_backend(plan.spec.resources.backend).submit(run, plan, say=_say)
     if end is None:
         return DONE

@@ -13,6 +13,7 @@ from pathlib import Path
 from qlora_dist import ends, faults
 from qlora_dist.attempt import register_rank
 from qlora_dist.checkpoints import storage_message
+from qlora_dist.code_tree import check_code
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.train.place import Place
@@ -40,6 +41,12 @@ def main(run_path: str) -> int:
         redirect_output(run.rank_log(place.attempt, place.rank))
         register_rank(run.rank_file(place.attempt, place.rank))
         stop.file = run.stop_file(place.attempt)
+        try:
+            check_code(run)
+        except QLoRAError as error:
+            _complain(f"{error}\n")
+            _say_end(run, place.attempt, place.rank, error.exit_code, str(error), step=0)
+            return error.exit_code
 
     from qlora_dist.train.stages import Progress, train
 
@@ -61,14 +68,18 @@ def main(run_path: str) -> int:
         _complain(traceback.format_exc())
         code, cause = ends.FAILED, f"{type(error).__name__}: {error}"
     if progress.attempt is not None:
-        path = run.rank_file(progress.attempt, place.rank)
-        try:
-            ends.write_rank_end(path, rank=place.rank, code=code, cause=cause, step=progress.step)
-        except OSError as error:
-            _complain(f"{storage_message(error, path)}\n")
+        _say_end(run, progress.attempt, place.rank, code, cause, step=progress.step)
     if place.attempt is None:
         return code
     return 0 if code in _AGREED else code
+
+
+def _say_end(run: RunDir, attempt: int, rank: int, code: int, cause: str, *, step: int) -> None:
+    path = run.rank_file(attempt, rank)
+    try:
+        ends.write_rank_end(path, rank=rank, code=code, cause=cause, step=step)
+    except OSError as error:
+        _complain(f"{storage_message(error, path)}\n")
 
 
 def _complain(text: str) -> None:

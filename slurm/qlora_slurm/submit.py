@@ -1,20 +1,26 @@
 """Runs as Slurm jobs: the batch script, and handing it to sbatch through submitit."""
 
+import contextlib
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
+from qlora_dist.code_tree import path_env
 from qlora_dist.ends import RankEnd
+from qlora_dist.environment import for_sbatch
 from qlora_dist.errors import PlanError, RunDirError, UserError
+from qlora_dist.files import write_json
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Plan
 from qlora_dist.scheduler import comment_of, live_jobs
+from qlora_dist.torchrun import PASS_ENV
 from qlora_slurm.site_profile import Profile, load_profile
 
 _DEFAULT_TIME_MIN = 24 * 60
@@ -33,12 +39,12 @@ class SlurmBackend:
         """
         return {"batch.sh": batch_script(plan, run_dir)}
 
-    def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
-        """Send the run to the queue, once.
+    def check(self, run: RunDir) -> None:
+        """Refuse what cannot be submitted now.
 
         Raises:
             RunDirError: A job of this run is in the queue already.
-            UserError: There is no Slurm here, or it refuses the job.
+            UserError: There is no Slurm here.
         """
         if shutil.which("sbatch") is None:
             raise UserError(
@@ -50,15 +56,27 @@ class SlurmBackend:
                 f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
                 f"scancel {' '.join(jobs)}"
             )
+
+    def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
+        """Send the run, which :meth:`check` has let pass, to the queue.
+
+        Raises:
+            UserError: Slurm refuses the job.
+        """
         # Whoever submits a cancelled run wants it again, requeues and all.
         run.cancel_file.unlink(missing_ok=True)
         folder = run.control / "submitit"
         folder.mkdir(mode=0o700, exist_ok=True)
         executor = SlurmExecutor(folder)
         executor.update_parameters(**parameters(plan, run.root))
+        env = for_sbatch(os.environ, _pass_env(plan))
+        write_json(run.submitted_json, {"left_out": sorted(set(os.environ) - set(env))})
+        if unused := sorted(name for name in os.environ if name.startswith("SBATCH_")):
+            say(f"not used: {', '.join(unused)}; a profile says what sbatch is told")
         try:
             # Not submit(): the job is ours, and nothing of it is pickled.
-            job = executor._submit_command(command(run.root))
+            with _environment(env):
+                job = executor._submit_command(command(run.root))
         except FailedJobError as error:
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
         say(f"submitted job {job.job_id}: {plan.topology.nodes} node(s); follow it with: squeue")
@@ -108,7 +126,7 @@ def parameters(plan: Plan, run_dir: Path) -> dict[str, Any]:
         "cpus_per_task": _cpus(plan),
         "use_srun": False,
         "stderr_to_stdout": True,
-        "setup": _setup(profile),
+        "setup": _setup(profile, run_dir),
         **{name: value for name in named if (value := getattr(profile, name)) is not None},
         "additional_parameters": {
             "ntasks-per-node": 1,
@@ -131,8 +149,11 @@ def _converted(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _setup(profile: Profile) -> list[str]:
+def _setup(profile: Profile, run_dir: Path) -> list[str]:
     env = dict(profile.env)
+    if env:
+        # What a profile sets, a process gets.
+        env[PASS_ENV] = " ".join(profile.env)
     if profile.network_interface is not None:
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
             env.setdefault(name, profile.network_interface)
@@ -141,7 +162,35 @@ def _setup(profile: Profile) -> list[str]:
         "trap '' TERM USR1 USR2",
         *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
         *profile.setup,
+        *_code_lines(run_dir),
     ]
+
+
+def _code_lines(run_dir: Path) -> list[str]:
+    """The run's own code, before what the lines above have put on Python's path."""
+    code = path_env(run_dir)
+    return [
+        f'export PYTHONPATH={shlex.quote(code.pop("PYTHONPATH"))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        *(f"export {name}={value}" for name, value in code.items()),
+    ]
+
+
+def _pass_env(plan: Plan) -> list[str]:
+    profile = load_profile(plan.spec.resources.profile)
+    return [*plan.spec.resources.pass_env, *profile.env]
+
+
+@contextlib.contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """Run a ``with`` block in another environment: submitit gives sbatch that of the process."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _cpus(plan: Plan) -> int | None:
