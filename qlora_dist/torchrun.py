@@ -1,5 +1,6 @@
 """Starting torchrun on one node; how it does so is the same on a workstation and in a job."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def note_env(
 ) -> None:
     """Write down what an attempt's processes got, and the names of what they did not get.
 
+    A note: a disk that refuses it keeps no run from starting.
+
     Args:
         run: The run directory.
         attempt: Number of the attempt.
@@ -84,7 +87,8 @@ def note_env(
         left_out: Names that the launcher did not get either.
     """
     names = sorted({*left_out, *env} - {*got})
-    write_json(run.environment_json(attempt), {"variables": redacted(got), "left_out": names})
+    with contextlib.suppress(OSError):
+        write_json(run.environment_json(attempt), {"variables": redacted(got), "left_out": names})
 
 
 def start_torchrun(

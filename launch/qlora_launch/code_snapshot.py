@@ -134,29 +134,34 @@ def take_code(run: RunDir, *, say: Callable[[str], None]) -> None:
 
     Raises:
         RunDirError: The code is another, and a launcher has the run.
-        QLoRAError: It cannot be written.
+        QLoRAError: It cannot be read or written.
     """
-    code = current_code()
-    before, now = recorded(run), code.to_json()
-    if before == now and run.code.is_dir():
-        return
     try:
-        with idle(run):
-            if before is not None and before["files"] == now["files"] and run.code.is_dir():
-                # Committed since, or with other packages beside it.
-                write_json(run.code_json, now)
-                return
-            write_code(code, run.root)
+        code, before = current_code(), recorded(run)
+        now = code.to_json()
+        if before != now or not run.code.is_dir():
+            with idle(run):
+                _replace(run, code, before, now, say)
     except OSError as error:
-        raise QLoRAError(f"{run.code} cannot be written: {error}") from error
+        raise QLoRAError(f"{run.code} cannot be taken from {package_dir()}: {error}") from error
+    for name, reason in code.left_out.items():
+        # A name that is no plain text may be more than a line.
+        say(f"code: left out {name if name.isprintable() else ascii(name)}: {reason}")
+
+
+def _replace(
+    run: RunDir,
+    code: Code,
+    before: dict[str, Any] | None,
+    now: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    if before is not None and before["files"] == now["files"] and run.code.is_dir():
+        # Committed since, or with other packages beside it.
+        write_json(run.code_json, now)
+        return
+    write_code(code, run.root)
     say(f"code: was {_name(before)}, is {_name(now)}")
-    for line in left_out_lines(code):
-        say(line)
-
-
-def left_out_lines(code: Code) -> list[str]:
-    """A line for each file that is not in the snapshot."""
-    return [f"code: left out {name}: {reason}" for name, reason in code.left_out.items()]
 
 
 def _name(tree: dict[str, Any] | None) -> str:

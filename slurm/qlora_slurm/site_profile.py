@@ -52,7 +52,7 @@ class Profile(Section):
             if says_secret(name) or holds_secret(value):
                 raise ValueError(
                     f"{name} would be written into job scripts; put it into your shell's "
-                    f"environment and name it in resources.pass_env, or use model.token_file"
+                    "environment and name it in resources.pass_env, or use model.token_file"
                 )
         return env
 

@@ -84,7 +84,7 @@ def test_a_clean_checkout_is_its_commit(checkout, run):
 
 
 def test_what_is_not_committed_is_taken_and_what_is_ignored_secret_or_huge_is_not(
-    checkout, run, tmp_path
+    checkout, run, tmp_path, monkeypatch
 ):
     (tmp_path / "outside.py").write_text("C = 1\n")
     (checkout / "plan.py").write_text("A = 2\n")
@@ -116,7 +116,11 @@ def test_what_is_not_committed_is_taken_and_what_is_ignored_secret_or_huge_is_no
     assert "-A = 1\n+A = 2" in code.diff
     assert "deleted file" in code.diff
     assert KEY not in code.diff
-    write_code(code, run.root)
+    said = []
+    use(monkeypatch, code)
+    take_code(run, say=said.append)
+    assert "code: left out qlora_dist/core: larger than 4 MiB" in said
+    assert not any("\n" in line for line in said)
     assert not any(path.is_symlink() for path in run.code.rglob("*"))
     assert not any(KEY.encode() in p.read_bytes() for p in run.root.rglob("*") if p.is_file())
 
@@ -166,6 +170,8 @@ def use(monkeypatch, code):
 
 
 def test_code_is_taken_anew_only_if_it_differs(checkout, run, monkeypatch):
+    (checkout / "old.py").write_text("")
+    git(checkout, "commit", "--quiet", "--all", "--message=second")
     said = []
     first = current_code(checkout)
     use(monkeypatch, first)
