@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.checkpoints import newest_step
+from qlora_dist.code_tree import recorded
 from qlora_dist.errors import RunDirError
 from qlora_dist.files import fsync_dir, write_json
 from qlora_dist.layout import RunDir, newest_attempt
@@ -134,6 +135,7 @@ def _new_attempt(run: RunDir, me: dict[str, Any]) -> int:
             "started_at": time.time(),
             "launcher": me,
             "began_after": newest_step(run.checkpoints),
+            "code": (recorded(run) or {}).get("sha256"),
         },
     )
     fsync_dir(run.attempts)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,12 +18,15 @@ from qlora_dist import ends
 from qlora_dist.attempt import note, own
 from qlora_dist.beats import Watch
 from qlora_dist.checkpoints import newest_step
+from qlora_dist.code_tree import check_code
 from qlora_dist.control import ask_to_stop
 from qlora_dist.deadline import Deadline
 from qlora_dist.ends import RankEnd
+from qlora_dist.environment import for_sbatch
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress, last_step
+from qlora_dist.process_env import pass_env
 from qlora_dist.requeue import Decision, decide
 from qlora_dist.scheduler import (
     JobView,
@@ -40,21 +42,20 @@ from qlora_dist.step import Step
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def main(lead_s: str, *run_paths: str) -> int:
+def main(lead_s: str, run_path: str) -> int:
     """Run one execution of a job; returns its exit code.
 
     Args:
         lead_s: How long before the time limit Slurm warns, in seconds.
-        run_paths: The run directory; in an array, one for each element.
+        run_path: The run directory.
     """
-    run = RunDir(Path(run_paths[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]))
-    job = SlurmJob.this()
+    run, job = RunDir(Path(run_path)), SlurmJob.this()
     stops = _Stops(Deadline(job.job, float(lead_s)))
     try:
         with own(run, job) as attempt:
             note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
             stops.watch(run, attempt)
-            end = Step(run, attempt, tick=stops.tick).run()
+            end = _run(run, attempt, stops)
             view = _ask(job)
             end = stops.named(end, view)
             # A step may be committed after its last rank has said how it ended.
@@ -89,7 +90,16 @@ def main(lead_s: str, *run_paths: str) -> int:
     # From here on a signal has nothing left to stop.
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    return _follow(job, decision, end.code)
+    return _follow(run, job, decision, end.code)
+
+
+def _run(run: RunDir, attempt: int, stops: "_Stops") -> RankEnd:
+    """Run the attempt, unless what it would execute is not the run's own code."""
+    try:
+        check_code(run)
+    except QLoRAError as error:
+        return RankEnd(0, error.exit_code, str(error), newest_step(run.checkpoints), time.time())
+    return Step(run, attempt, tick=stops.tick).run()
 
 
 class _Stops:
@@ -140,7 +150,7 @@ def _ask(job: SlurmJob) -> JobView | None:
         return None
 
 
-def _follow(job: SlurmJob, decision: Decision, code: int) -> int:
+def _follow(run: RunDir, job: SlurmJob, decision: Decision, code: int) -> int:
     following = decision.following
     if following == "requeue":
         try:
@@ -150,7 +160,7 @@ def _follow(job: SlurmJob, decision: Decision, code: int) -> int:
             following = "new job"
         else:
             _change(job, decision)
-    if following == "new job" and not _submit_again(job, decision):
+    if following == "new job" and not _submit_again(run, job, decision):
         return ends.FAILED
     return code
 
@@ -169,7 +179,7 @@ def _change(job: SlurmJob, decision: Decision) -> None:
             sys.stderr.write(f"{error}\n")
 
 
-def _submit_again(job: SlurmJob, decision: Decision) -> bool:
+def _submit_again(run: RunDir, job: SlurmJob, decision: Decision) -> bool:
     """Send this job's script again, to start when this job is over; whether Slurm took it."""
     script = run_command("scontrol", "write", "batch_script", job.job, "-")
     options = [f"--dependency=afterany:{os.environ['SLURM_JOB_ID']}"]
@@ -181,12 +191,14 @@ def _submit_again(job: SlurmJob, decision: Decision) -> bool:
         # This element alone; the script speaks of all.
         options.append(f"--array={os.environ['SLURM_ARRAY_TASK_ID']}")
         options[0] = f"--dependency=afterany:{job.job}"
-    done = _sbatch(options, script.stdout)
+    done = subprocess.run(
+        ["sbatch", "--parsable", *options],
+        input=script.stdout,
+        env=for_sbatch(os.environ, pass_env(run, os.environ)),
+        text=True,
+        check=False,
+    )
     return done.returncode == 0
-
-
-def _sbatch(options: Sequence[str], script: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["sbatch", "--parsable", *options], input=script, text=True, check=False)
 
 
 if __name__ == "__main__":

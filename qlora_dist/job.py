@@ -6,6 +6,7 @@ A third signal kills every rank.
 """
 
 import json
+import os
 import signal
 import time
 import types
@@ -21,6 +22,7 @@ from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import last_step
 from qlora_dist.process import STOP_SIGNALS
+from qlora_dist.process_env import note_env, process_env
 from qlora_dist.torchrun import ALONE, attend, start_torchrun
 
 # Runs an attempt's ranks to their end, and calls what it is given about once a second or oftener.
@@ -41,6 +43,7 @@ def run_attempt(run: RunDir, ranks: Ranks, *, say: Callable[[str], None], bar: b
 
     Raises:
         RunDirError: Another launcher has the run.
+        PlanError: The run directory's name cannot be on Python's path.
     """
     with own(run) as attempt:
         with _Stops(run, attempt) as stops, Console(run, attempt, say, bar=bar) as console:
@@ -74,7 +77,9 @@ def ranks_here(run: RunDir, attempt: int, tick: Callable[[], None]) -> RankEnd:
             hangs.append(hang_end(why))
             ask_to_kill(run, attempt, why)
 
-    process = start_torchrun(run, attempt, ALONE, run.launcher_log(attempt))
+    env = process_env(run, attempt, os.environ)
+    note_env(run, attempt, os.environ, env)
+    process = start_torchrun(run, ALONE, run.launcher_log(attempt), env)
     attend(process, run, attempt, range(world_size), tick=look)
     return worst([*read_rank_ends(run.attempt(attempt) / "ranks", world_size=world_size), *hangs])
 

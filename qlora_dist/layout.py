@@ -6,9 +6,11 @@
     accelerate.yaml   what `accelerate launch` needs to start the same processes
     ds_config.json    what DeepSpeed's engine reads (zero2, zero3)
     command.json      arguments and environment of torchrun
+    code/             the qlora_dist package that the run's processes execute
+    code.json         its commit, a hash of each file, versions; code.diff: what was not committed
     owner.json        which launcher has the run now
     control/          requests to a running attempt, such as stop-000 (qlora_dist.control)
-    attempts/000/     attempt.json, ranks/00000.json, beats/00000.json, logs/
+    attempts/000/     attempt.json, environment.json, ranks/, beats/, logs/
     metrics.jsonl     one line a step, one line an evaluation; a resume cuts it back
     checkpoints/      step_000100/ and so on
     adapter/          PEFT format
@@ -56,6 +58,21 @@ class RunDir:
         return self.root / "command.json"
 
     @property
+    def code(self) -> Path:
+        """The package that the run's processes execute, in a folder to put on Python's path."""
+        return self.root / "code"
+
+    @property
+    def code_json(self) -> Path:
+        """Where the code is from, and what it is."""
+        return self.root / "code.json"
+
+    @property
+    def code_diff(self) -> Path:
+        """What of it was not committed."""
+        return self.root / "code.diff"
+
+    @property
     def owner_json(self) -> Path:
         """The launcher that has the run."""
         return self.root / "owner.json"
@@ -99,6 +116,10 @@ class RunDir:
         """Folder of one attempt."""
         return self.attempts / f"{number:03d}"
 
+    def environment_json(self, attempt: int) -> Path:
+        """What an attempt's processes got of the environment."""
+        return self.attempt(attempt) / "environment.json"
+
     def rank_file(self, attempt: int, rank: int) -> Path:
         """How one rank of an attempt ended."""
         return self.attempt(attempt) / "ranks" / f"{rank:05d}.json"
@@ -118,6 +139,11 @@ class RunDir:
     def launcher_log(self, attempt: int) -> Path:
         """What torchrun printed."""
         return self.attempt(attempt) / "logs" / "torchrun.log"
+
+    @property
+    def submitted_json(self) -> Path:
+        """What is known of the environment that the newest job was submitted from."""
+        return self.control / "submitted.json"
 
     @property
     def cancel_file(self) -> Path:

@@ -17,6 +17,7 @@ from qlora_dist.ends import write_rank_end
 from qlora_dist.errors import BadNodeError
 from qlora_dist.layout import RunDir
 from qlora_dist.node_check import check_node
+from qlora_dist.process_env import note_env, process_env
 from qlora_dist.torchrun import attend, start_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -50,7 +51,11 @@ def main(run_path: str, attempt: str, host: str, port: str) -> int:
         "--signals-to-handle=SIGINT",
     )
     log = run.attempt(number) / "logs" / f"torchrun_{node}.log"
-    process = start_torchrun(run, number, rendezvous, log)
+    # Whether the code is the run's own is left to the ranks, whose ends the batch process hears of.
+    env = process_env(run, number, os.environ)
+    if node == 0:
+        note_env(run, number, os.environ, env, left_out=_not_submitted(run))
+    process = start_torchrun(run, rendezvous, log, env)
 
     def on_signal(_number: int, _frame: types.FrameType | None) -> None:
         ask_to_stop(run, number)
@@ -58,6 +63,15 @@ def main(run_path: str, attempt: str, host: str, port: str) -> int:
     for each in SIGNALS:
         signal.signal(each, on_signal)
     return attend(process, run, number, ranks, node=name)
+
+
+def _not_submitted(run: RunDir) -> list[str]:
+    """Names of variables that sbatch has not passed on."""
+    try:
+        tree = json.loads(run.submitted_json.read_text(encoding="utf-8"))
+    except OSError:
+        return []
+    return [str(name) for name in tree["left_out"]]
 
 
 if __name__ == "__main__":

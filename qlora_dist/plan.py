@@ -17,7 +17,6 @@ from qlora_dist.spec import RunSpec
 
 # Strategies and backends that a run may use today; the rest are planned and rendered only.
 RUNNABLE_STRATEGIES = ("single", "ddp")
-RUNNABLE_BACKENDS = ("local", "slurm")
 
 
 @dataclass(frozen=True)
@@ -285,10 +284,5 @@ def _not_runnable(spec: RunSpec) -> tuple[str, ...]:
         reasons.append(
             f"strategy.kind: {spec.strategy.kind} is planned and rendered, and does not run yet; "
             f"what runs: {', '.join(RUNNABLE_STRATEGIES)}"
-        )
-    if spec.resources.backend not in RUNNABLE_BACKENDS:
-        reasons.append(
-            f"resources.backend: {spec.resources.backend} is planned and rendered, and does not "
-            f"run yet; what runs: {', '.join(RUNNABLE_BACKENDS)}"
         )
     return tuple(reasons)

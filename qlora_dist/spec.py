@@ -23,6 +23,8 @@ Switch = Annotated[bool, Field(strict=True)]
 TIME = r"^(\d+-)?\d{1,3}:\d\d:\d\d$"
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
+EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_*]+$")]
+
 Learn = Literal["auto", "answer", "all"]
 StrategyKind = Literal["single", "ddp", "fsdp", "hsdp", "zero2", "zero3"]
 OptimizerKind = Literal["adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"]
@@ -322,6 +324,10 @@ class ResourcesSection(Section):
     """Time limit of a job, [days-]hours:minutes:seconds."""
     profile: Text | None = None
     """Cluster profile: a name in slurm/clusters, or a YAML file."""
+    pass_env: list[EnvName] = []
+    """Variables of your shell that the run's processes get beyond those that training reads anyway
+    (docs/slurm.md): names, or patterns with an asterisk. One that holds a secret, such as HF_TOKEN,
+    only by its own name."""
 
 
 class CheckpointSection(Section):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from qlora_dist import ends
 from qlora_dist.beats import Watch
+from qlora_dist.code_tree import path_env
 from qlora_dist.control import ask_to_kill
 from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import RunDir
@@ -98,7 +99,7 @@ class Step:
     def _start(self) -> "subprocess.Popen[bytes]":
         logs = self._run.attempt(self._attempt) / "logs"
         host, port = _meeting_point()
-        return _srun(
+        return self._srun(
             [
                 f"--nodes={self._num_nodes}",
                 f"--ntasks={self._num_nodes}",
@@ -113,15 +114,19 @@ class Step:
             ]
         )
 
+    def _srun(self, args: Sequence[str]) -> "subprocess.Popen[bytes]":
+        """Start srun where a signal to the batch process's group does not reach it."""
+        return subprocess.Popen(
+            ["srun", *args],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | path_env(self._run.root, os.environ.get("PYTHONPATH")),
+        )
+
 
 def ranks_on_nodes(run: RunDir, attempt: int, tick: Callable[[], None]) -> RankEnd:
     """Run all ranks of an attempt on the nodes of this process's allocation."""
     return Step(run, attempt, tick=lambda _: tick()).run()
-
-
-def _srun(args: Sequence[str]) -> "subprocess.Popen[bytes]":
-    """Start srun where a signal to the batch process's group does not reach it."""
-    return subprocess.Popen(["srun", *args], stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _meeting_point() -> tuple[str, int]:

@@ -1,11 +1,10 @@
 """torchrun on one node, from its start to its ranks' end; a workstation's is as a job's."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qlora_dist.layout import RunDir
@@ -40,7 +39,7 @@ def torchrun_argv(rendezvous: Sequence[str], options: Sequence[str], root: Path)
 
 
 def start_torchrun(
-    run: RunDir, attempt: int, rendezvous: Sequence[str], log: Path
+    run: RunDir, rendezvous: Sequence[str], log: Path, env: Mapping[str, str]
 ) -> "subprocess.Popen[bytes]":
     """Start torchrun with what command.json says, in a session of its own.
 
@@ -48,9 +47,9 @@ def start_torchrun(
 
     Args:
         run: The run directory.
-        attempt: Number of the attempt.
         rendezvous: Options that say where the nodes meet.
         log: File that takes what it prints.
+        env: Its whole environment (:func:`qlora_dist.process_env.process_env`).
     """
     command = json.loads(run.command_json.read_text(encoding="utf-8"))
     with log.open("ab") as file:
@@ -61,7 +60,7 @@ def start_torchrun(
             stderr=file,
             start_new_session=True,
             preexec_fn=die_with_parent,
-            env=os.environ | dict(command["env"]) | {"QLORA_ATTEMPT": str(attempt)},
+            env=dict(env),
         )
 
 

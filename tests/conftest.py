@@ -79,6 +79,18 @@ def write_config(folder, model, data, name, changes):
     return path
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of the project that commands run from, to be edited."""
+    copy = tmp_path / "checkout"
+    folders = ["qlora_dist", "launch/qlora_launch", "slurm/qlora_slurm"]
+    for folder in folders:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = [str((copy / folder).parent) for folder in folders]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    return copy
+
+
 def qlora_argv(*arguments):
     return [sys.executable, "-m", "qlora_launch.cli", *map(str, arguments)]
 

@@ -20,6 +20,9 @@ class AllocationBackend:
         """None: srun is started directly."""
         return {}
 
+    def check(self, run: RunDir) -> None:
+        """Nothing: who has the run is seen when it is taken."""
+
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd:
         """Run the next attempt to its end.
 

@@ -24,6 +24,14 @@ class Backend(Protocol):
         """What the run directory holds for this backend alone, by name."""
         ...
 
+    def check(self, run: RunDir) -> None:
+        """Refuse a run that cannot be started here now, before anything of it is changed.
+
+        Raises:
+            UserError: It cannot.
+        """
+        ...
+
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
         """Start the next attempt; a local one is followed to its end, a queued one gives None."""
         ...

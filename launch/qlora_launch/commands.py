@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_dist.layout import RunDir
     from qlora_dist.plan import CorpusFacts, Plan
     from qlora_dist.spec import RunSpec
+    from qlora_launch.backends import Backend
 
 
 def _say(line: str) -> None:
@@ -72,14 +73,17 @@ def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
 
 def run_command(args: argparse.Namespace) -> int:
     """Write a run directory, and start it."""
+    from qlora_launch.backends import get_backend
+
     plan = _plan(_load(args))
     if args.dry_run:
         return _print_bundle(plan)
-    run = _write(plan)
-    if args.prepare:
+    backend = None if args.prepare else get_backend(plan.spec.resources.backend)
+    run = _write(plan, backend)
+    if backend is None:
         _say(f"{run.root} is written; start it with: qlora resume {run.root}")
         return 0
-    return _start(run, plan)
+    return _start(run, plan, backend)
 
 
 def submit_command(args: argparse.Namespace) -> int:
@@ -95,7 +99,7 @@ def submit_command(args: argparse.Namespace) -> int:
         plan = _plan(load_spec(args.config, overrides))
         if args.dry_run:
             return _print_bundle(plan)
-        backend.submit(_write(plan), plan, say=_say)
+        backend.submit(_write(plan, backend), plan, say=_say)
         return 0
     plans = [_plan(spec) for spec in sweep_specs(args.config, overrides, args.sweep)]
     if args.dry_run:
@@ -103,7 +107,7 @@ def submit_command(args: argparse.Namespace) -> int:
             _print_bundle(plan)
         return 0
     # All are sound before the first is written.
-    runs = [_write(plan) for plan in plans]
+    runs = [_write(plan, backend) for plan in plans]
     backend.submit_sweep(runs, plans[0], args.parallel or len(runs), say=_say)
     return 0
 
@@ -124,15 +128,25 @@ def _print_bundle(plan: "Plan") -> int:
     return 0
 
 
-def _write(plan: "Plan") -> "RunDir":
+def _write(plan: "Plan", backend: "Backend | None") -> "RunDir":
+    """Write a run's directory; a backend, where it is to start at once, may refuse that before."""
     from qlora_dist.errors import PlanError
+    from qlora_dist.layout import RunDir
+    from qlora_launch.code_snapshot import take_code
     from qlora_launch.render import render
     from qlora_launch.rundir import check_local_paths, write_run_dir
 
     if plan.not_runnable:
         raise PlanError("\n".join(plan.not_runnable))
     check_local_paths(plan.spec)
-    return write_run_dir(render(plan), plan.spec)
+    bundle = render(plan)
+    if backend is not None:
+        backend.check(RunDir(bundle.run_dir))
+    run = write_run_dir(bundle, plan.spec)
+    _say(f"run directory: {run.root}")
+    if backend is not None:
+        take_code(run, say=_say)
+    return run
 
 
 def resume_command(args: argparse.Namespace) -> int:
@@ -143,6 +157,8 @@ def resume_command(args: argparse.Namespace) -> int:
     from qlora_dist.plan import make_plan
     from qlora_dist.resume import check_change
     from qlora_dist.spec_file import spec_from_tree
+    from qlora_launch.backends import get_backend
+    from qlora_launch.code_snapshot import take_code
     from qlora_launch.render import render
     from qlora_launch.rundir import absolute_paths, change_run_dir
     from qlora_launch.show import bundle_text
@@ -165,17 +181,20 @@ def resume_command(args: argparse.Namespace) -> int:
         raise PlanError(
             f"schedule.steps: {steps} steps, and the run has {done} behind it; use at least {done}"
         )
+    # What a job that waits will run stays as it is.
+    backend = get_backend(spec.resources.backend)
+    backend.check(run)
     if args.overrides:
         change_run_dir(run, bundle)
-    return _start(run, plan)
-
-
-def _start(run: "RunDir", plan: "Plan") -> int:
-    from qlora_dist.ends import DONE, PREEMPTED
-    from qlora_launch.backends import get_backend
-
     _say(f"run directory: {run.root}")
-    end = get_backend(plan.spec.resources.backend).submit(run, plan, say=_say)
+    take_code(run, say=_say)
+    return _start(run, plan, backend)
+
+
+def _start(run: "RunDir", plan: "Plan", backend: "Backend") -> int:
+    from qlora_dist.ends import DONE, PREEMPTED
+
+    end = backend.submit(run, plan, say=_say)
     if end is None:
         return DONE
     if end.code == DONE:

@@ -17,6 +17,9 @@ class LocalBackend:
         """None: torchrun is started directly."""
         return {}
 
+    def check(self, run: RunDir) -> None:
+        """Nothing: who has the run is seen when it is taken."""
+
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd:
         """Run the next attempt to its end, a progress bar on a terminal, plain lines elsewhere."""
         return run_attempt(run, ranks_here, say=say, bar=sys.stderr.isatty())

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qlora_dist import __version__
+from qlora_dist.code_tree import path_env
 from qlora_dist.engine_config import accelerate_config, deepspeed_config
 from qlora_dist.layout import run_dir_of
 from qlora_dist.plan import Plan
@@ -36,7 +37,11 @@ class Bundle:
 
 
 def render(plan: Plan) -> Bundle:
-    """Put a plan into files and a command; touches nothing."""
+    """Put a plan into files and a command; touches nothing.
+
+    Raises:
+        PlanError: The run directory's name cannot be on Python's path.
+    """
     spec = plan.spec
     run_dir = run_dir_of(spec)
     options = torchrun_options(plan)
@@ -54,6 +59,7 @@ def render(plan: Plan) -> Bundle:
             {
                 "torchrun": list(options),
                 "env": env,
+                "pass_env": spec.resources.pass_env,
                 "nodes": plan.topology.nodes,
                 "world_size": plan.topology.world_size,
                 "timeout_s": spec.resources.timeout_s,
@@ -66,7 +72,8 @@ def render(plan: Plan) -> Bundle:
     if engine is not None:
         files["ds_config.json"] = _json(engine)
     argv = tuple(torchrun_argv(ALONE, options, run_dir))
-    return Bundle(run_dir, files, argv, env)
+    # Not in a file: a run may be moved.
+    return Bundle(run_dir, files, argv, env | path_env(run_dir))
 
 
 def torchrun_options(plan: Plan) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from qlora_dist.hub import looks_like_path
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.resume import check_change
 from qlora_dist.spec import RunSpec
+from qlora_launch.code_snapshot import current_code, write_code
 from qlora_launch.render import Bundle
 
 
@@ -69,6 +70,7 @@ def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:
         (new / "attempts").mkdir(mode=0o700)
         for name, text in bundle.files.items():
             write_text(new / name, text)
+        write_code(current_code(), new)
         if run.root.exists():
             shutil.rmtree(run.root)
         new.rename(run.root)

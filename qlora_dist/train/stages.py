@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from qlora_dist import checkpoints, faults
-from qlora_dist.attempt import own
+from qlora_dist.attempt import note, own
 from qlora_dist.checkpoints import Checkpoint
+from qlora_dist.code_tree import other_code, running_sha256
 from qlora_dist.data.build import ensure_store
 from qlora_dist.data.corpus import Corpus
 from qlora_dist.data.schedule import corpus_facts, make_schedule
@@ -94,6 +95,9 @@ def _train(
     spec = plan.spec
     assert progress.attempt is not None
     log = RunLog(run, progress.attempt, world, echo=echo)
+    if echo and world.rank == 0 and (line := other_code(run)) is not None:
+        log.say(line)
+        note(run, progress.attempt, code=running_sha256())
 
     def check_stop() -> None:
         if world.any(stop.here()):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora_dist import ends, faults
 from qlora_dist.checkpoints import storage_message
+from qlora_dist.code_tree import check_code
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.ranks import register_rank
@@ -39,6 +40,12 @@ def main(run_path: str) -> int:
         redirect_output(run.rank_log(place.attempt, place.rank))
         register_rank(run.rank_file(place.attempt, place.rank))
         stop.file = run.stop_file(place.attempt)
+        try:
+            check_code(run)
+        except QLoRAError as error:
+            _complain(f"{error}\n")
+            _say_end(run, place.attempt, place, error.exit_code, str(error), step=0)
+            return error.exit_code
         pulse.start(run.beats(place.attempt) / f"{place.rank:05d}.json")
 
     from qlora_dist.train.stages import Progress, train
@@ -61,22 +68,19 @@ def main(run_path: str) -> int:
         _complain(traceback.format_exc())
         code, cause = ends.FAILED, f"{type(error).__name__}: {error}"
     if progress.attempt is not None:
-        path = run.rank_file(progress.attempt, place.rank)
-        try:
-            ends.write_rank_end(
-                path,
-                rank=place.rank,
-                code=code,
-                cause=cause,
-                step=progress.step,
-                node=place.node,
-            )
-        except OSError as error:
-            _complain(f"{storage_message(error, path)}\n")
+        _say_end(run, progress.attempt, place, code, cause, step=progress.step)
     if place.attempt is None:
         return code
     # For the other ends torchrun must end the other ranks.
     return 0 if code in ends.AGREED else code
+
+
+def _say_end(run: RunDir, attempt: int, place: Place, code: int, cause: str, *, step: int) -> None:
+    path, rank, node = run.rank_file(attempt, place.rank), place.rank, place.node
+    try:
+        ends.write_rank_end(path, rank=rank, code=code, cause=cause, step=step, node=node)
+    except OSError as error:
+        _complain(f"{storage_message(error, path)}\n")
 
 
 def _complain(text: str) -> None:

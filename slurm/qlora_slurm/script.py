@@ -8,8 +8,10 @@ from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
+from qlora_dist.code_tree import path_env
 from qlora_dist.errors import PlanError
 from qlora_dist.plan import Plan
+from qlora_dist.process_env import PASS_ENV
 from qlora_dist.scheduler import comment_of
 from qlora_slurm.site_profile import Profile, load_profile
 
@@ -63,7 +65,12 @@ def batch_script(job: Job) -> str:
 def command(job: Job) -> str:
     """What the batch script becomes: the batch process, with no shell around it."""
     argv = [sys.executable, "-m", "qlora_dist.batch", str(job.profile.signal_lead_s)]
-    return "exec " + shlex.join([*argv, *map(str, job.runs)])
+    return f'exec {shlex.join(argv)} "$run"'
+
+
+def pass_env(job: Job) -> list[str]:
+    """Variables beyond the allow-list that the job gets: the spec's, and what a profile sets."""
+    return [*job.plan.spec.resources.pass_env, *job.profile.env]
 
 
 def parameters(job: Job) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def parameters(job: Job) -> dict[str, Any]:
         "cpus_per_task": profile.cpus or _cpus(job.plan),
         "use_srun": False,
         "stderr_to_stdout": True,
-        "setup": _setup(profile),
+        "setup": [*_setup(profile), *_run_lines(job)],
         **{name: value for name in named if (value := getattr(profile, name)) is not None},
         "additional_parameters": {
             "ntasks-per-node": 1,
@@ -122,6 +129,9 @@ def _optional(job: Job, profile: Profile) -> dict[str, str | int]:
 
 def _setup(profile: Profile) -> list[str]:
     env = dict(profile.env)
+    if env:
+        # What a profile sets, a process gets.
+        env[PASS_ENV] = " ".join(profile.env)
     if profile.network_interface is not None:
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
             env.setdefault(name, profile.network_interface)
@@ -130,6 +140,19 @@ def _setup(profile: Profile) -> list[str]:
         "trap '' TERM USR1 USR2",
         *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
         *profile.setup,
+    ]
+
+
+def _run_lines(job: Job) -> list[str]:
+    """Which run it is, and its own code before what earlier lines have put on Python's path."""
+    # Whatever is wrong with a name is said here.
+    names = {tuple(sorted(path_env(run))) for run in job.runs}
+    assert names == {("PYTHONPATH", "PYTHONSAFEPATH")}
+    return [
+        f"runs=({' '.join(shlex.quote(str(run)) for run in job.runs)})",
+        'run="${runs[${SLURM_ARRAY_TASK_ID:-0}]}"',
+        'export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"',
+        "export PYTHONSAFEPATH=1",
     ]
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from qlora_dist.environment import holds_secret, says_secret
 from qlora_dist.errors import SpecError, UserError
 from qlora_dist.spec import TIME, Count, Section, Text
 from qlora_dist.spec_file import parse_yaml
@@ -45,7 +46,7 @@ class Profile(Section):
     """Shell lines that run before everything else on the first node, such as "module load cuda".
     They are code: read a profile before you use it."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Variables of the job."""
+    """Variables of the job. They are written into its script: no place for a secret."""
     network_interface: Text | None = None
     """Interface that the nodes talk over, such as ib0."""
     mail_user: Text | None = None
@@ -54,6 +55,17 @@ class Profile(Section):
     """When it does."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further options of sbatch, by their long names, such as {nice: 100}."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        for name, value in env.items():
+            if says_secret(name) or holds_secret(value):
+                raise ValueError(
+                    f"{name} would be written into job scripts; put it into your shell's "
+                    "environment and name it in resources.pass_env, or use model.token_file"
+                )
+        return env
 
 
 def load_profile(name: str | None) -> Profile:
@@ -81,7 +93,7 @@ def load_profile(name: str | None) -> Profile:
         return Profile.model_validate(tree)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors(include_url=False)
         ]
         raise SpecError(problems, source=str(path)) from None

@@ -1,20 +1,23 @@
 """Runs as Slurm jobs: handing a batch script to sbatch through submitit, once."""
 
+import contextlib
+import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from qlora_dist.ends import RankEnd
+from qlora_dist.environment import for_sbatch
 from qlora_dist.errors import RunDirError, UserError
 from qlora_dist.files import write_json, write_text
 from qlora_dist.layout import SWEEP, RunDir
 from qlora_dist.plan import Plan
 from qlora_dist.scheduler import live_jobs
-from qlora_slurm.script import Job, batch_script, command, parameters
+from qlora_slurm.script import Job, batch_script, command, parameters, pass_env
 
 
 class SlurmBackend:
@@ -35,15 +38,31 @@ class SlurmBackend:
         """
         return {"batch.sh": batch_script(Job(plan, run_dir, (run_dir,)))}
 
-    def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
-        """Send the run to the queue, once.
+    def check(self, run: RunDir) -> None:
+        """Refuse what cannot be submitted now.
 
         Raises:
             RunDirError: A job of this run is in the queue already.
-            UserError: There is no Slurm here, or it refuses the job.
+            UserError: There is no Slurm here.
         """
-        _check_idle([run])
-        job = self._send(Job(plan, run.root, (run.root,), after=self._jobs_before()))
+        if shutil.which("sbatch") is None:
+            raise UserError(
+                "resources.backend: slurm, and there is no sbatch on this machine; submit from a "
+                "login node, or use resources.backend=local"
+            )
+        if jobs := live_jobs(run.root):
+            raise RunDirError(
+                f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
+                f"qlora cancel {run.root}"
+            )
+
+    def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
+        """Send the run, which :meth:`check` has let pass, to the queue.
+
+        Raises:
+            UserError: Slurm refuses the job.
+        """
+        job = self._send(Job(plan, run.root, (run.root,), after=self._jobs_before()), say)
         say(
             f"submitted job {job}: {plan.topology.nodes} node(s); follow it with: "
             f"qlora logs -f {run.root}"
@@ -53,7 +72,7 @@ class SlurmBackend:
     def submit_sweep(
         self, runs: Sequence[RunDir], plan: Plan, parallel: int, *, say: Callable[[str], None]
     ) -> None:
-        """Send several runs of one folder to the queue as an array.
+        """Send several runs of one folder, which :meth:`check` has let pass, as an array.
 
         Args:
             runs: The runs, element by element.
@@ -62,17 +81,15 @@ class SlurmBackend:
             say: Takes what a person should see.
 
         Raises:
-            RunDirError: A job of one of the runs is in the queue already.
-            UserError: There is no Slurm here, or it refuses the job.
+            UserError: Slurm refuses the job.
         """
-        _check_idle(runs)
         folder = runs[0].root.parent
         job = Job(plan, folder, tuple(run.root for run in runs), parallel, self._jobs_before())
         write_json(folder / SWEEP, {"runs": [run.root.name for run in runs]})
         write_text(folder / "batch.sh", batch_script(job))
         (folder / "control").mkdir(mode=0o700, exist_ok=True)
         say(
-            f"submitted job {self._send(job)}: {len(runs)} runs, {parallel} at once; see them "
+            f"submitted job {self._send(job, say)}: {len(runs)} runs, {parallel} at once; see them "
             f"with: qlora list {folder}"
         )
 
@@ -88,33 +105,38 @@ class SlurmBackend:
             found += jobs
         return tuple(found)
 
-    def _send(self, job: Job) -> str:
+    def _send(self, job: Job, say: Callable[[str], None]) -> str:
+        env = for_sbatch(os.environ, pass_env(job))
+        left_out = sorted(set(os.environ) - set(env))
         for root in job.runs:
             # Whoever submits a cancelled run wants it again, requeues and all.
             RunDir(root).cancel_file.unlink(missing_ok=True)
+            write_json(RunDir(root).submitted_json, {"left_out": left_out})
         folder = job.folder / "control" / "submitit"
         folder.mkdir(mode=0o700, exist_ok=True)
         executor = SlurmExecutor(folder)
         executor.update_parameters(**parameters(job))
+        if unused := sorted(name for name in os.environ if name.startswith("SBATCH_")):
+            say(f"not used: {', '.join(unused)}; a profile says what sbatch is told")
         try:
             # Not submit(): the job is ours, and nothing of it is pickled.
-            return str(executor._submit_command(command(job)).job_id)
+            with _environment(env):
+                return str(executor._submit_command(command(job)).job_id)
         except FailedJobError as error:
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
 
 
-def _check_idle(runs: Sequence[RunDir]) -> None:
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "resources.backend: slurm, and there is no sbatch on this machine; submit from a "
-            "login node, or use resources.backend=local"
-        )
-    for run in runs:
-        if jobs := live_jobs(run.root):
-            raise RunDirError(
-                f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
-                f"qlora cancel {run.root}"
-            )
+@contextlib.contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """Run a ``with`` block in another environment: submitit gives sbatch that of the process."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _last_words(error: Exception) -> str:

@@ -1,7 +1,10 @@
 """Runs as jobs of a real Slurm: they end as the unbroken run, whatever the queue does to them."""
 
 import json
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +128,37 @@ def test_scancel_is_not_undone(slurm, testbed):
     assert len(now.attempts) == 1
     assert now.attempts[0].following == "nothing", said(run)
     assert now.step == now.attempts[0].last_step
+
+
+def test_a_job_keeps_its_code_and_sees_what_it_may(slurm, tmp_path, checkout, monkeypatch):
+    """The checkout breaks while the job is in the queue's hands; nothing of the shell leaks."""
+    secret = "hf" + "_AbCdEfGhIjKlMnOp"
+    given = {"HF_TOKEN": secret, "LAB_NOTE": "battery staple", "SBATCH_TIMELIMIT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run, done = slurm(site={"env": {"SITE_NOTE": "a 'b'"}}, schedule__steps=30)
+    assert "not used: SBATCH_TIMELIMIT" in done.stdout
+    taken = json.loads(run.code_json.read_text())["sha256"]
+    stages = checkout / "qlora_dist" / "train" / "stages.py"
+    stages.write_text("raise SystemExit('edited')\n" + stages.read_text())
+    refused = run_qlora(checkout, "resume", run.root, code=2)
+    assert "is in the queue already, as job" in refused.stderr
+    wait_until(lambda: run.checkpoints.is_dir() and steps(run) >= 22)
+    rank = json.loads(run.rank_file(0, 1).read_text())["process"]["pid"]
+    environ = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
+    assert b"SITE_NOTE=a 'b'" in environ
+    assert not {name.encode() for name in given} & {line.partition(b"=")[0] for line in environ}
+    os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: state(run) in ("done", "failed"))
+    assert state(run) == "done", said(run)
+    noted = [json.loads(path.read_text()) for path in sorted(run.attempts.glob("*/attempt.json"))]
+    assert [tree["code"] for tree in noted] == [taken, taken]
+    for attempt in (0, 1):
+        environment = json.loads(run.environment_json(attempt).read_text())
+        assert set(given) <= set(environment["left_out"])
+        assert environment["variables"]["SITE_NOTE"] == "a 'b'"
+    files = [path for path in run.root.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_a_run_is_not_submitted_twice(slurm, testbed, tmp_path):

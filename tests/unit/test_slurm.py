@@ -1,6 +1,7 @@
 """Slurm without a Slurm: the batch script, what Slurm answers, and the rule of requeueing."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -160,6 +161,17 @@ def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
     assert body[-1].startswith("exec ")
 
 
+def last_words(text, element=None):
+    """What the script becomes, word by word, as bash reads it."""
+    lines = text.splitlines()
+    script = "\n".join([*lines[:-1], lines[-1].replace("exec ", "printf '%s\\n' ", 1)])
+    env = {} if element is None else {"SLURM_ARRAY_TASK_ID": str(element)}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env=os.environ | env
+    )
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     "name", ["plain", "with space", "q'uote", 'd"quote', "$(touch hacked)", "`x`", "a;b&c", "中文"]
 )
@@ -167,11 +179,7 @@ def test_scripts_with_nasty_names_are_sound_shell(tmp_path, name):
     """Bash reads the last command as three words and a path, whatever the path is."""
     run_dir = tmp_path / name
     text = script(tmp_path, run_dir)
-    argv = text.splitlines()[-1].removeprefix("exec ")
-    done = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {argv}"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[1:] == ["-m", "qlora_dist.batch", "120", str(run_dir)]
+    assert last_words(text)[1:] == ["-m", "qlora_dist.batch", "120", str(run_dir)]
     if shutil.which("shellcheck"):
         # SC2016 warns of the very quoting that keeps such names from running.
         check = ["shellcheck", "--exclude=SC2016", "-"]
@@ -182,7 +190,8 @@ def test_a_sweep_is_one_array_that_knows_each_run(tmp_path):
     runs = (tmp_path / "lr-1e-4", tmp_path / "lr-2e-4")
     text = script(tmp_path, tmp_path, runs=runs, parallel=1)
     assert "#SBATCH --array=0-1%1\n" in text
-    assert text.splitlines()[-1].endswith(f"-m qlora_dist.batch 120 {runs[0]} {runs[1]}")
+    for element, run in enumerate(runs):
+        assert last_words(text, element)[1:] == ["-m", "qlora_dist.batch", "120", str(run)]
 
 
 def test_the_element_of_an_array_is_its_runs_job(tmp_path):
