@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,9 @@ def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
     """What is known of the data, if it has been tokenised before."""
     from qlora_dist.data import notes
     from qlora_dist.layout import corpora_dir, run_dir_of
+    from qlora_launch.pins import pin
 
+    spec = pin(spec, ask_hub=False)
     path = notes.read(spec, corpora_dir(spec, run_dir_of(spec)))
     if path is None:
         return None
@@ -74,11 +77,13 @@ def run_command(args: argparse.Namespace) -> int:
     """Write a run directory, and start it."""
     from qlora_dist.errors import PlanError
     from qlora_dist.plan import make_plan
-    from qlora_launch.render import render
+    from qlora_launch.hub_cache import check_prefetched
+    from qlora_launch.pins import pin
+    from qlora_launch.render import is_offline, render
     from qlora_launch.rundir import absolute_paths, check_local_paths, write_run_dir
     from qlora_launch.show import bundle_text
 
-    spec = absolute_paths(_load(args))
+    spec = pin(absolute_paths(_load(args)), ask_hub=not args.dry_run)
     plan = make_plan(spec)
     bundle = render(plan)
     if args.dry_run:
@@ -87,6 +92,8 @@ def run_command(args: argparse.Namespace) -> int:
     if plan.not_runnable:
         raise PlanError("\n".join(plan.not_runnable))
     check_local_paths(spec)
+    if is_offline(plan):
+        check_prefetched(spec, _to_prefetch(args.config, args.overrides))
     run = write_run_dir(bundle, spec)
     if args.prepare:
         _say(f"{run.root} is written; start it with: qlora resume {run.root}")
@@ -108,7 +115,9 @@ def resume_command(args: argparse.Namespace) -> int:
     from qlora_dist.plan import make_plan
     from qlora_dist.resume import check_change
     from qlora_dist.spec_file import spec_from_tree
-    from qlora_launch.render import render
+    from qlora_launch.hub_cache import check_prefetched
+    from qlora_launch.pins import pin_changed
+    from qlora_launch.render import is_offline, render
     from qlora_launch.rundir import absolute_paths, change_run_dir
     from qlora_launch.show import bundle_text
 
@@ -117,6 +126,7 @@ def resume_command(args: argparse.Namespace) -> int:
     if args.overrides:
         tree = before.model_dump(mode="json")
         spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
+        spec = pin_changed(before, spec, ask_hub=not args.dry_run)
         check_change(before, spec)
     plan = make_plan(spec.model_copy(update={"run_dir": str(run.root)}))
     bundle = render(plan)
@@ -130,9 +140,16 @@ def resume_command(args: argparse.Namespace) -> int:
         raise PlanError(
             f"schedule.steps: {steps} steps, and the run has {done} behind it; use at least {done}"
         )
+    if is_offline(plan):
+        check_prefetched(spec, _to_prefetch(str(run.root), args.overrides))
     if args.overrides:
         change_run_dir(run, bundle)
     return _start(run, plan)
+
+
+def _to_prefetch(config_or_run: str, overrides: list[str]) -> str:
+    """What ``qlora prefetch`` is to be given; resources do not matter to it."""
+    return shlex.join([config_or_run, *(o for o in overrides if not o.startswith("resources."))])
 
 
 def _start(run: "RunDir", plan: "Plan") -> int:
@@ -211,6 +228,27 @@ def cancel_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def prefetch_command(args: argparse.Namespace) -> int:
+    """Fetch what a run needs of the hub."""
+    from qlora_dist.layout import open_run
+    from qlora_dist.spec_file import spec_from_tree
+    from qlora_launch.pins import pin_changed
+    from qlora_launch.prefetch import prefetch, table
+    from qlora_launch.rundir import absolute_paths, check_local_paths
+
+    if Path(args.config).expanduser().is_dir():
+        run, before = open_run(args.config)
+        tree = before.model_dump(mode="json")
+        spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
+        spec = pin_changed(before, spec, ask_hub=False)
+    else:
+        spec = absolute_paths(_load(args))
+    check_local_paths(spec)
+    if fetched := prefetch(spec, say=_say):
+        _say(table(fetched))
+    return 0
+
+
 def data_command(args: argparse.Namespace) -> int:
     """Tokenise and show the data."""
     from qlora_dist.data.build import ensure_store
@@ -218,10 +256,12 @@ def data_command(args: argparse.Namespace) -> int:
     from qlora_dist.data.tokenizer import load_tokenizer
     from qlora_dist.layout import corpora_dir, run_dir_of
     from qlora_dist.plan import make_plan
+    from qlora_launch.pins import pin
     from qlora_launch.show_data import report, samples_text
 
     spec = _load(args)
     make_plan(spec)
+    spec = pin(spec, ask_hub=True)
     tokenizer = load_tokenizer(spec)
     with _RowBar() as bar:
         store = ensure_store(
