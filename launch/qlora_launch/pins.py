@@ -1,9 +1,7 @@
 """Branches, tags and absent revisions of hub repositories become commits, which a run keeps."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qlora_dist.errors import RunDirError
 from qlora_dist.hub import read_token
@@ -97,9 +95,9 @@ def _ask_hub(repo: Repo, token: str | None) -> str | None:
     """The commit that the hub has for a revision, which the cache then has as well."""
     import httpx
     from huggingface_hub import snapshot_download
-    from tqdm import tqdm
 
-    no_bar: Any = partial(tqdm, disable=True)
+    from qlora_launch.progress import NO_BAR
+
     try:
         folder = snapshot_download(
             repo.source,
@@ -107,7 +105,7 @@ def _ask_hub(repo: Repo, token: str | None) -> str | None:
             revision=repo.revision,
             allow_patterns=["config.json" if repo.kind == "model" else "README.md"],
             token=token,
-            tqdm_class=no_bar,
+            tqdm_class=NO_BAR,
         )
     except (OSError, ValueError, httpx.HTTPError):
         return None

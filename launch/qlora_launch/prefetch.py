@@ -1,7 +1,6 @@
 """Fetching what a run needs of the hub into the Hugging Face cache, ahead of the run."""
 
 import errno
-import io
 import shutil
 import sys
 import time
@@ -11,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_dist.console import LINE_EVERY_S
 from qlora_dist.data.reader import has_rows, read_rows, rows_cache
 from qlora_dist.errors import DataError, ModelError, QLoRAError
 from qlora_dist.hub import causes, explain, read_token
 from qlora_dist.spec import DatasetSection, RunSpec
 from qlora_launch.hub_cache import INDEX, Repo, exactly, hub_repos, listing, model_files
 from qlora_launch.pins import keep_commits
+from qlora_launch.progress import NO_BAR, DownloadProgress, size_text
 
 # What decides which files are needed; all of it is small.
 _FIRST = {
@@ -100,7 +99,9 @@ def _check_room(wanted: list[_Wanted], say: Say) -> None:
     Raises:
         QLoRAError: It has less.
     """
-    absent = [size for item in wanted for size in item.absent.values()]
+    # By path: two splits of a dataset may be read from the same files.
+    files = {w.folder / name: size for w in wanted for name, size in w.absent.items()}
+    absent = files.values()
     if not absent:
         return
     disk = next(path for path in wanted[0].folder.parents if path.exists())
@@ -111,14 +112,6 @@ def _check_room(wanted: list[_Wanted], say: Say) -> None:
             f"{size_text(free)} left. Make room, or let HF_HOME name a folder on a larger disk"
         )
     say(f"to fetch: {len(absent)} files, {size_text(sum(absent))} of {size_text(free)} free")
-
-
-def size_text(num_bytes: int) -> str:
-    """A size in the unit that suits it, such as 13.48 GB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} B"
 
 
 def table(fetched: tuple[Fetched, ...]) -> str:
@@ -189,13 +182,16 @@ class _Fetch:
         if absent:
             size = sum(absent.values())
             self._say(f"{repo.source}: fetching {len(absent)} files, {size_text(size)}")
-            self._snapshot(repo, wanted.commit, exactly(list(absent)), size)
+            with DownloadProgress(size, self._say, bar=sys.stderr.isatty()) as progress:
+                names = exactly(list(absent))
+                self._snapshot(repo, wanted.commit, names, progress.bar_class())
+                progress.update(size)
         if repo.dataset is not None and not has_rows(_at(repo.dataset, wanted.commit)):
             rows = read_rows(_at(repo.dataset, wanted.commit), self._spec.model.token_file)
             self._say(f"{repo.source}: {len(rows):,} rows are ready")
 
     def _snapshot(
-        self, repo: Repo, revision: str | None, patterns: list[str], num_bytes: int = 0
+        self, repo: Repo, revision: str | None, patterns: list[str], bar_class: Any = NO_BAR
     ) -> Path:
         from huggingface_hub import snapshot_download
 
@@ -206,7 +202,7 @@ class _Fetch:
                 revision=revision,
                 allow_patterns=patterns,
                 token=self._token,
-                tqdm_class=None if sys.stderr.isatty() else _line_bar(self._say, num_bytes),
+                tqdm_class=bar_class,
             )
         )
 
@@ -267,23 +263,3 @@ def _may_pass(error: Exception) -> bool:
         or "Consistency check failed" in str(link)
         for link in chain
     )
-
-
-def _line_bar(say: Say, total: int) -> Any:
-    """A class in tqdm's place that says a line now and then, for logs."""
-    from tqdm import tqdm
-
-    said = time.monotonic()
-
-    class LineBar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options | {"file": io.StringIO()})
-
-        def display(self, *_args: Any, **_options: Any) -> None:
-            nonlocal said
-            # Two bars count bytes, nearly the same ones; another counts files.
-            if self.unit == "B" and time.monotonic() - said >= LINE_EVERY_S:
-                said = time.monotonic()
-                say(f"{size_text(self.n)} of {size_text(total)}")
-
-    return LineBar

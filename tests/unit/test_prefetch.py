@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from qlora_dist.errors import ModelError
+from qlora_launch import progress
 from qlora_launch.hub_cache import model_files
-from qlora_launch.prefetch import size_text
 from tests.conftest import run_qlora, write_config
 from tests.hub_stand_in import HubStandIn
 
@@ -329,6 +329,24 @@ def test_the_files_of_a_model_are_the_ones_that_are_read(tmp_path):
 
 def test_sizes_are_in_the_unit_that_suits_them():
     sizes = (0, 999, 1500, 2 * 10**6, 13_476_839_424, 10**12)
-    assert [size_text(size) for size in sizes] == [
+    assert [progress.size_text(size) for size in sizes] == [
         *("0 B", "999 B", "1.50 kB", "2.00 MB", "13.48 GB", "1.00 TB")
     ]
+
+
+def test_progress_is_one_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(monkeypatch, capfd):
+    lines = []
+    with progress.DownloadProgress(4_000_000, lines.append, bar=False) as shown:
+        bars = [shown.bar_class()(total=9, unit="B", desc=d) for d in ("Download", "Reconstruct")]
+        bars[1].update(1)
+        assert lines == []
+        monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+        for bar in bars:
+            bar.n = 1_500_000
+            bar.refresh()
+            bar.close()
+    assert set(lines) == {"1.50 MB of 4.00 MB"}
+    assert capfd.readouterr() == ("", "")
+    with progress.DownloadProgress(4_000_000, lines.append, bar=True) as shown:
+        shown.update(4_000_000)
+    assert "4.00M/4.00M" in capfd.readouterr().err
