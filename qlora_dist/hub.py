@@ -1,5 +1,6 @@
 """Saying in one message why something could not be loaded from a folder or from the hub."""
 
+import re
 import stat
 from pathlib import Path
 
@@ -36,13 +37,13 @@ def explain(error: Exception, *, kind: str, key: str, source: str) -> str:
         key: The spec's key that named it.
         source: Its value.
     """
-    names = {type(e).__name__ for e in _chain(error)}
+    names = {type(e).__name__ for e in causes(error)}
     here = f"{key}: the {kind} {source!r}"
     if "GatedRepoError" in names:
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{source}"
         return (
-            f"{here} is gated and this account has no access. Ask for it at "
-            f"https://huggingface.co/{source}, put a token with read access into a file of mode "
-            "0600, and name the file in model.token_file"
+            f"{here} is gated and this account has no access. Ask for it at {page}, put a token "
+            "with read access into a file of mode 0600, and name the file in model.token_file"
         )
     if "RevisionNotFoundError" in names:
         return f"{here} has no such revision; leave it out for the newest"
@@ -52,11 +53,11 @@ def explain(error: Exception, *, kind: str, key: str, source: str) -> str:
             "and needs model.token_file)"
         )
     if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"} or any(
-        "connect" in str(e).lower() or "offline" in str(e).lower() for e in _chain(error)
+        "connect" in str(e).lower() or "offline" in str(e).lower() for e in causes(error)
     ):
         return (
-            f"{here} is not on this machine, and the hub cannot be reached. Give a path, or fetch "
-            "it where there is a network and set HF_HOME to the same cache"
+            f"{here} is not on this machine, and the hub cannot be reached. Give a path, or run "
+            "qlora prefetch CONFIG where there is a network, with HF_HOME naming the same cache"
         )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"{here} cannot be loaded: {first}"
@@ -67,7 +68,13 @@ def looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state of a repository for good, as no branch or tag does."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error, what it was raised from, and so on."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_dist.ends import RankEnd
-    from qlora_dist.layout import RunDir
-    from qlora_dist.plan import CorpusFacts, Plan
+    from qlora_dist.plan import CorpusFacts
     from qlora_dist.spec import RunSpec
-    from qlora_launch.backends import Backend
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Print a line of a long command; one that nobody can read any more must not end it."""
     try:
         print(line, flush=True)
@@ -57,7 +54,9 @@ def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
     """What is known of the data, if it has been tokenised before."""
     from qlora_dist.data import notes
     from qlora_dist.layout import corpora_dir, run_dir_of
+    from qlora_launch.pins import pin
 
+    spec = pin(spec, ask_hub=False)
     path = notes.read(spec, corpora_dir(spec, run_dir_of(spec)))
     if path is None:
         return None
@@ -74,161 +73,67 @@ def _corpus_facts(spec: "RunSpec") -> "CorpusFacts | None":
 def run_command(args: argparse.Namespace) -> int:
     """Write a run directory, and start it."""
     from qlora_launch.backends import get_backend
+    from qlora_launch.starting import plan_of, print_bundle, start, write
 
-    plan = _plan(_load(args))
+    plan = plan_of(_load(args), ask_hub=not args.dry_run)
     if args.dry_run:
-        return _print_bundle(plan)
+        return print_bundle(plan)
     backend = None if args.prepare else get_backend(plan.spec.resources.backend)
-    run = _write(plan, backend)
+    run = write(plan, backend, args.config, args.overrides, say=say)
     if backend is None:
-        _say(f"{run.root} is written; start it with: qlora resume {run.root}")
+        say(f"{run.root} is written; start it with: qlora resume {run.root}")
         return 0
-    return _start(run, plan, backend)
+    return start(run, plan, backend, say=say)
 
 
 def submit_command(args: argparse.Namespace) -> int:
     """The same with Slurm as the backend, or several of them as an array."""
+    from qlora_dist.spec_file import load_spec
     from qlora_launch.backends import get_queue
+    from qlora_launch.starting import plan_of, print_bundle, write
     from qlora_launch.sweep import sweep_specs
 
     overrides = [*args.overrides, "resources.backend=slurm"]
-    backend = get_queue(args.after)
-    if not args.sweep:
-        from qlora_dist.spec_file import load_spec
-
-        plan = _plan(load_spec(args.config, overrides))
-        if args.dry_run:
-            return _print_bundle(plan)
-        backend.submit(_write(plan, backend), plan, say=_say)
-        return 0
-    plans = [_plan(spec) for spec in sweep_specs(args.config, overrides, args.sweep)]
+    if args.sweep:
+        specs = sweep_specs(args.config, overrides, args.sweep)
+    else:
+        specs = [load_spec(args.config, overrides)]
+    # All are sound before the first is written.
+    plans = [plan_of(spec, ask_hub=not args.dry_run) for spec in specs]
     if args.dry_run:
         for plan in plans:
-            _print_bundle(plan)
+            print_bundle(plan)
         return 0
-    # All are sound before the first is written.
-    runs = [_write(plan, backend) for plan in plans]
-    backend.submit_sweep(runs, plans[0], args.parallel or len(runs), say=_say)
+    queue = get_queue(args.after)
+    runs = [write(plan, queue, args.config, args.overrides, say=say) for plan in plans]
+    if args.sweep:
+        queue.submit_sweep(runs, plans[0], args.parallel or len(runs), say=say)
+    else:
+        queue.submit(runs[0], plans[0], say=say)
     return 0
-
-
-def _plan(spec: "RunSpec") -> "Plan":
-    """The plan of a run that may start."""
-    from qlora_dist.plan import make_plan
-    from qlora_launch.rundir import absolute_paths
-
-    return make_plan(absolute_paths(spec))
-
-
-def _print_bundle(plan: "Plan") -> int:
-    from qlora_launch.render import render
-    from qlora_launch.show import bundle_text
-
-    print(bundle_text(render(plan)))
-    return 0
-
-
-def _write(plan: "Plan", backend: "Backend | None") -> "RunDir":
-    """Write a run's directory; a backend, where it is to start at once, may refuse that before."""
-    from qlora_dist.errors import PlanError
-    from qlora_dist.layout import RunDir
-    from qlora_launch.code_snapshot import take_code
-    from qlora_launch.render import render
-    from qlora_launch.rundir import check_local_paths, write_run_dir
-
-    if plan.not_runnable:
-        raise PlanError("\n".join(plan.not_runnable))
-    check_local_paths(plan.spec)
-    bundle = render(plan)
-    if backend is not None:
-        backend.check(RunDir(bundle.run_dir))
-    run = write_run_dir(bundle, plan.spec)
-    _say(f"run directory: {run.root}")
-    if backend is not None:
-        take_code(run, say=_say)
-    return run
 
 
 def resume_command(args: argparse.Namespace) -> int:
     """Go on with a run, perhaps with changes."""
-    from qlora_dist.checkpoints import newest_step
-    from qlora_dist.errors import PlanError
     from qlora_dist.layout import open_run
-    from qlora_dist.plan import make_plan
-    from qlora_dist.resume import check_change
-    from qlora_dist.spec_file import spec_from_tree
     from qlora_launch.backends import get_backend
-    from qlora_launch.code_snapshot import take_code
-    from qlora_launch.render import render
-    from qlora_launch.rundir import absolute_paths, change_run_dir
-    from qlora_launch.show import bundle_text
+    from qlora_launch.starting import print_bundle, resumed_plan, rewrite, start
 
     run, before = open_run(args.run)
-    spec = before
-    if args.overrides:
-        tree = before.model_dump(mode="json")
-        spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
-        check_change(before, spec)
-    plan = make_plan(spec.model_copy(update={"run_dir": str(run.root)}))
-    bundle = render(plan)
+    plan = resumed_plan(run, before, args.overrides, ask_hub=not args.dry_run)
     if args.dry_run:
-        print(bundle_text(bundle))
-        return 0
-    if plan.not_runnable:
-        raise PlanError("\n".join(plan.not_runnable))
-    done, steps = newest_step(run.checkpoints), spec.schedule.steps
-    if steps is not None and steps < done:
-        raise PlanError(
-            f"schedule.steps: {steps} steps, and the run has {done} behind it; use at least {done}"
-        )
-    # What a job that waits will run stays as it is.
-    backend = get_backend(spec.resources.backend)
-    backend.check(run)
-    if args.overrides:
-        change_run_dir(run, bundle)
-    _say(f"run directory: {run.root}")
-    take_code(run, say=_say)
-    return _start(run, plan, backend)
-
-
-def _start(run: "RunDir", plan: "Plan", backend: "Backend") -> int:
-    from qlora_dist.ends import DONE, PREEMPTED
-
-    end = backend.submit(run, plan, say=_say)
-    if end is None:
-        return DONE
-    if end.code == DONE:
-        _say(f"done: {end.cause}")
-    elif end.code == PREEMPTED:
-        _say(f"{end.cause}; go on with: qlora resume {run.root}")
-    else:
-        sys.stderr.write(_failure_text(run, end))
-    return end.code
-
-
-def _failure_text(run: "RunDir", end: "RankEnd") -> str:
-    from qlora_dist.ends import SILENT, USER_ERROR
-    from qlora_dist.layout import newest_attempt
-
-    attempt = newest_attempt(run)
-    if end.code == USER_ERROR or attempt is None:
-        return f"qlora: {end.cause}\n"
-    if end.cause == SILENT:
-        logs = f"{run.rank_log(attempt, end.rank)} and {run.launcher_log(attempt)}"
-        return f"qlora: rank {end.rank} {end.cause}\nwhat it left: {logs}\n"
-    log = run.rank_log(attempt, end.rank)
-    return f"qlora: {end.cause}\nrank {end.rank} failed after step {end.step}; its log: {log}\n"
+        return print_bundle(plan)
+    backend = get_backend(plan.spec.resources.backend)
+    rewrite(run, plan, backend, args.overrides, say=say)
+    return start(run, plan, backend, say=say)
 
 
 def drill_command(args: argparse.Namespace) -> int:
     """Do a fault to a short run, and see whether it comes back."""
     from qlora_launch.drill import drill, drill_spec, report_text
-    from qlora_launch.rundir import absolute_paths, check_local_paths
 
-    spec = drill_spec(absolute_paths(_load(args)), args.steps)
-    check_local_paths(spec)
-    report = drill(spec, args.fault, say=_say)
-    _say(report_text(report, args.fault))
+    report = drill(drill_spec(_load(args), args.steps), args.fault, args.config, say=say)
+    say(report_text(report, args.fault))
     return 0 if report.passed else 1
 
 
@@ -263,7 +168,7 @@ def logs_command(args: argparse.Namespace) -> int:
     from qlora_launch.follow import follow
 
     run, spec = open_run(args.run)
-    follow(run, spec, say=_say, rank=args.rank, to_the_end=args.follow)
+    follow(run, spec, say=say, rank=args.rank, to_the_end=args.follow)
     return 0
 
 
@@ -273,7 +178,28 @@ def cancel_command(args: argparse.Namespace) -> int:
     from qlora_launch.cancel import cancel
 
     run, spec = open_run(args.run)
-    _say(cancel(run, spec))
+    say(cancel(run, spec))
+    return 0
+
+
+def prefetch_command(args: argparse.Namespace) -> int:
+    """Fetch what a run needs of the hub."""
+    from qlora_dist.layout import open_run
+    from qlora_dist.spec_file import spec_from_tree
+    from qlora_launch.pins import pin_changed
+    from qlora_launch.prefetch import prefetch, table
+    from qlora_launch.rundir import absolute_paths, check_local_paths
+
+    if Path(args.config).expanduser().is_dir():
+        run, before = open_run(args.config)
+        tree = before.model_dump(mode="json")
+        spec = absolute_paths(spec_from_tree(tree, args.overrides, source=str(run.run_json)))
+        spec = pin_changed(before, spec, ask_hub=False)
+    else:
+        spec = absolute_paths(_load(args))
+    check_local_paths(spec)
+    if fetched := prefetch(spec, say=say):
+        say(table(fetched))
     return 0
 
 
@@ -284,10 +210,12 @@ def data_command(args: argparse.Namespace) -> int:
     from qlora_dist.data.tokenizer import load_tokenizer
     from qlora_dist.layout import corpora_dir, run_dir_of
     from qlora_dist.plan import make_plan
+    from qlora_launch.pins import pin
     from qlora_launch.show_data import report, samples_text
 
     spec = _load(args)
     make_plan(spec)
+    spec = pin(spec, ask_hub=True)
     tokenizer = load_tokenizer(spec)
     with _RowBar() as bar:
         store = ensure_store(
@@ -336,7 +264,7 @@ def consolidate_command(args: argparse.Namespace) -> int:
 
     run, spec = open_run(args.run)
     checkpoint = consolidate(run, spec, args.checkpoint)
-    _say(f"{run.adapter}: the adapter after step {checkpoint.step}")
+    say(f"{run.adapter}: the adapter after step {checkpoint.step}")
     return 0
 
 
@@ -349,11 +277,9 @@ def export_command(args: argparse.Namespace) -> int:
     _silence_bars_without_terminal()
     run, spec = open_run(args.run)
     output = (args.output or run.merged).expanduser().absolute()
-    ticker = Ticker(_say, bar=sys.stderr.isatty())
+    ticker = Ticker(say, bar=sys.stderr.isatty())
     done = export(run, spec, output, ticker, base=args.base, check=not args.no_check)
-    _say(
-        f"{output}: the {done.kind} base with the adapter merged into {done.num_matrices} matrices"
-    )
+    say(f"{output}: the {done.kind} base with the adapter merged into {done.num_matrices} matrices")
     return 0
 
 

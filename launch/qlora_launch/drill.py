@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,13 +13,12 @@ from qlora_dist import ends
 from qlora_dist.errors import PlanError, QLoRAError
 from qlora_dist.layout import RunDir, newest_attempt, open_run, run_dir_of
 from qlora_dist.ledger import Standing, standing
-from qlora_dist.plan import Plan, make_plan
+from qlora_dist.plan import Plan
 from qlora_dist.scheduler import live_jobs, run_command
 from qlora_dist.spec import RunSpec
 from qlora_launch.backends import get_backend
 from qlora_launch.follow import follow
-from qlora_launch.render import render
-from qlora_launch.rundir import write_run_dir
+from qlora_launch.starting import Say, plan_of, write
 
 # In the process itself, in the middle of a step of the first attempt.
 INJECTED = ("sigterm", "sigkill", "exception", "hang")
@@ -61,12 +60,13 @@ def drill_spec(spec: RunSpec, steps: int) -> RunSpec:
     )
 
 
-def drill(spec: RunSpec, fault: str, *, say: Callable[[str], None]) -> Report:
+def drill(spec: RunSpec, fault: str, config: str, *, say: Say) -> Report:
     """Run a short run twice, once with a fault, and compare.
 
     Args:
         spec: From :func:`drill_spec`.
         fault: One of ``INJECTED`` or ``COMMANDS``.
+        config: The file that the spec is from, for messages.
         say: Takes what a person should see.
 
     Raises:
@@ -80,12 +80,12 @@ def drill(spec: RunSpec, fault: str, *, say: Callable[[str], None]) -> Report:
         )
     folder = run_dir_of(spec).with_name(f"{run_dir_of(spec).name}-drill")
     say("first the run unbroken")
-    whole = _write(spec, folder / "whole")
+    whole = _write(spec, folder / "whole", config, say)
     _to_the_end(whole, say)
     if standing(*open_run(whole[0].root)).state != "done":
         raise QLoRAError(f"the run fails without any fault; see: qlora logs {whole[0].root}")
     say(f"now with a fault: {fault}")
-    struck = _write(spec, folder / fault)
+    struck = _write(spec, folder / fault, config, say)
     with _injected(fault, struck[1]), _commanded(fault, struck[0], spec, say):
         _to_the_end(struck, say)
     # Not imported at the top: it needs torch.
@@ -95,21 +95,20 @@ def drill(spec: RunSpec, fault: str, *, say: Callable[[str], None]) -> Report:
     return Report(now, differences(whole[0], struck[0]) if now.state == "done" else ())
 
 
-def _write(spec: RunSpec, root: Path) -> tuple[RunDir, Plan]:
-    if root.exists():
+def _write(spec: RunSpec, root: Path, config: str, say: Say) -> tuple[RunDir, Plan]:
+    if root.exists() and any(root.iterdir()):
         raise PlanError(f"{root} is there from an earlier drill; remove it, or set name=")
     # A drill makes its own folder of tokenised data only where the run has none.
     data = spec.data
     if data.store_dir is None:
         store_dir = run_dir_of(spec).parent / "corpora"
         data = data.model_copy(update={"store_dir": str(store_dir)})
-    plan = make_plan(spec.model_copy(update={"run_dir": str(root), "data": data}))
-    if plan.not_runnable:
-        raise PlanError("\n".join(plan.not_runnable))
-    return write_run_dir(render(plan), plan.spec), plan
+    plan = plan_of(spec.model_copy(update={"run_dir": str(root), "data": data}), ask_hub=True)
+    backend = get_backend(spec.resources.backend)
+    return write(plan, backend, config, (), say=say), plan
 
 
-def _to_the_end(written: tuple[RunDir, Plan], say: Callable[[str], None]) -> None:
+def _to_the_end(written: tuple[RunDir, Plan], say: Say) -> None:
     run, plan = written
     backend = get_backend(plan.spec.resources.backend)
     for _ in range(1 + _RESUMES):
@@ -139,9 +138,7 @@ def _injected(fault: str, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _commanded(
-    fault: str, run: RunDir, spec: RunSpec, say: Callable[[str], None]
-) -> Iterator[None]:
+def _commanded(fault: str, run: RunDir, spec: RunSpec, say: Say) -> Iterator[None]:
     """Have Slurm do the fault once the run is halfway."""
     if fault not in COMMANDS:
         yield

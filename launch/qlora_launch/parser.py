@@ -122,6 +122,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _run_argument(cancel)
 
+    prefetch = verb(
+        "prefetch",
+        commands.prefetch_command,
+        "fetch what a run needs of the hub, for jobs on nodes without internet",
+    )
+    prefetch.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
+    _overrides_argument(prefetch)
+
     data = verb("data", commands.data_command, "read and tokenise a run's data, and show it")
     _config_arguments(data)
     data.add_argument(

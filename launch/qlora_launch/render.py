@@ -18,6 +18,9 @@ from qlora_dist.plan import Plan
 from qlora_dist.torchrun import ALONE, torchrun_argv
 from qlora_launch.backends import BACKENDS, get_backend
 
+# Compute nodes often have no way out, and a hundred processes that each ask the hub are a burden.
+_OFFLINE_BACKENDS = frozenset({"slurm"})
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -85,6 +88,11 @@ def torchrun_options(plan: Plan) -> tuple[str, ...]:
     )
 
 
+def is_offline(plan: Plan) -> bool:
+    """Whether the run's processes have only what is in the Hugging Face cache."""
+    return plan.spec.resources.backend in _OFFLINE_BACKENDS
+
+
 def process_env(plan: Plan) -> dict[str, str]:
     """Environment of the training processes, beyond what the launcher itself has."""
     env = {
@@ -92,6 +100,8 @@ def process_env(plan: Plan) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
     }
+    if is_offline(plan):
+        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if plan.topology.device == "cuda":
         # Less fragmentation where lengths of batches vary.
         env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -1,12 +1,14 @@
 """Rows of a local file or of a hub dataset, through Hugging Face ``datasets``."""
 
 import csv
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.errors import DataError
 from qlora_dist.files import sha256_file
-from qlora_dist.hub import explain, looks_like_path, read_token
+from qlora_dist.hub import explain, is_commit, looks_like_path, read_token
 from qlora_dist.spec import DatasetSection
 
 # Suffix -> builder of ``datasets``.
@@ -23,6 +25,8 @@ def read_rows(dataset: DatasetSection, token_file: str | None) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
+    # Offline it warns that what it found is the newest it has; in rows_cache that is the commit.
+    datasets.logging.set_verbosity_error()
     source = dataset.source
     try:
         path = local_file(dataset)
@@ -35,11 +39,13 @@ def read_rows(dataset: DatasetSection, token_file: str | None) -> Any:
                 split=dataset.split,
                 revision=dataset.revision,
                 token=read_token(token_file),
+                cache_dir=rows_cache(dataset),
             )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise DataError(f"data.source: {source!r} cannot be read: {cause}") from error
-    except (OSError, ValueError) as error:
+    # RuntimeError: a dataset that is a script.
+    except (OSError, ValueError, RuntimeError) as error:
         # What ``datasets`` says of a table that has a header and nothing else.
         if "corresponds to no data" in str(error):
             raise DataError(f"data.source: {source!r} holds no rows") from error
@@ -48,6 +54,29 @@ def read_rows(dataset: DatasetSection, token_file: str | None) -> Any:
     if len(rows) == 0:
         raise DataError(f"data.source: {source!r} holds no rows")
     return rows
+
+
+def rows_cache(dataset: DatasetSection) -> Path | None:
+    """Folder of the rows of a hub dataset at a commit; None, which is the library's, for others.
+
+    Each commit and subset has one of its own: without a network ``datasets`` takes what it has
+    prepared last of a dataset, whichever commit the caller names.
+    """
+    if not is_commit(dataset.revision):
+        return None
+    from datasets import config
+
+    key = json.dumps([dataset.source, dataset.subset, dataset.revision])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(config.HF_DATASETS_CACHE) / "qlora-dist" / name
+
+
+def has_rows(dataset: DatasetSection) -> bool:
+    """Whether the rows of a hub dataset at a commit are here, so that no network is needed."""
+    folder = rows_cache(dataset)
+    # Below it: dataset, configuration, version, commit. Unfinished ones have another last name.
+    pattern = f"*/*/*/{dataset.revision}/dataset_info.json"
+    return folder is not None and any(folder.glob(pattern))
 
 
 def local_file(dataset: DatasetSection) -> Path | None:
