@@ -150,9 +150,10 @@ class Testbed:
         Raises:
             QLoRAError: It did not start again.
         """
-        self._daemons.end(["slurmctld"])
+        # slurmd too: with a new slurmctld alone, nodes stayed "unk" for a minute. Jobs go on.
+        self._daemons.end(["slurmctld", *self.settings.nodes])
         time.sleep(after_s)
-        self._start_controller()
+        self._start()
 
     def processes(self) -> list[JobProcess]:
         """Live processes of jobs, orphans included."""
