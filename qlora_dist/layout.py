@@ -6,6 +6,7 @@
     accelerate.yaml   what `accelerate launch` needs to start the same processes
     ds_config.json    what DeepSpeed's engine reads (zero2, zero3)
     command.json      arguments and environment of torchrun
+    container.json    what a node's task runs in, if in anything
     code/             the qlora_dist package that the run's processes execute
     code.json         its commit, a hash of each file, versions; code.diff: what was not committed
     owner.json        which launcher has the run now
@@ -27,6 +28,8 @@ from qlora_dist.errors import RunDirError, SpecError
 from qlora_dist.spec import RunSpec
 from qlora_dist.spec_file import spec_from_tree
 
+# How a node's task is started where it runs in a container (slurm/qlora_slurm/container.py).
+CONTAINER = "container.json"
 # In the folder of a sweep: its runs, in the order of the array's elements.
 SWEEP = "sweep.json"
 

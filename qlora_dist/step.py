@@ -1,5 +1,6 @@
 """One attempt on the nodes of a Slurm allocation: a task a node, watched to its end."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from qlora_dist.beats import Watch
 from qlora_dist.code_tree import path_env
 from qlora_dist.control import ask_to_kill
 from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
-from qlora_dist.layout import RunDir
+from qlora_dist.layout import CONTAINER, RunDir
 from qlora_dist.scheduler import run_command
 
 _POLL_S, _LOOK_S = 0.1, 1.0
@@ -68,7 +69,20 @@ class Step:
                 self._tick(self._watch)
             time.sleep(_POLL_S)
         own = [] if self._hang is None else [self._hang]
-        return worst([*read_rank_ends(ranks, world_size=self._world_size), *own])
+        return worst([*read_rank_ends(ranks, world_size=self._world_size), *own, *self._unseen()])
+
+    def _unseen(self) -> list[RankEnd]:
+        """The end of ranks of which no node has ever said anything, if there are any."""
+        folder = self._run.attempt(self._attempt) / "ranks"
+        there = {int(path.stem) for path in folder.glob("*.json")}
+        missing = sorted(set(range(self._world_size)) - there)
+        if not missing:
+            return []
+        why = (
+            f"{len(missing)} of {self._world_size} ranks were never started, rank {missing[0]} "
+            f"first: does every node see {self._run.root}? What srun said is in control/slurm-*.out"
+        )
+        return [RankEnd(missing[0], ends.FAILED, why, 0, time.time())]
 
     def _look(self, process: "subprocess.Popen[bytes]") -> None:
         """Find ranks that hang, or that others have left behind, and have them killed."""
@@ -99,6 +113,10 @@ class Step:
     def _start(self) -> "subprocess.Popen[bytes]":
         logs = self._run.attempt(self._attempt) / "logs"
         host, port = _meeting_point()
+        container = {"srun": [], "argv": [sys.executable]}
+        with contextlib.suppress(FileNotFoundError):
+            text = (self._run.root / CONTAINER).read_text(encoding="utf-8")
+            container = json.loads(text)
         return self._srun(
             [
                 f"--nodes={self._num_nodes}",
@@ -109,7 +127,8 @@ class Step:
                 "--wait=0",
                 f"--output={logs / 'node_%n.log'}",
                 "--open-mode=append",
-                *(sys.executable, "-m", "qlora_dist.node"),
+                *container["srun"],
+                *(*container["argv"], "-m", "qlora_dist.node"),
                 *(str(self._run.root), str(self._attempt), host, str(port)),
             ]
         )

@@ -1,7 +1,7 @@
 """Cluster profiles: what a site wants said in every job, in YAML."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -12,6 +12,44 @@ from qlora_dist.spec_file import parse_yaml
 
 # Profiles that come with the project lie beside this package, in a checkout.
 CLUSTERS = Path(__file__).parent.parent / "clusters"
+
+
+class NoContainer(Section):
+    """Programs of the nodes themselves."""
+
+    kind: Literal["none"] = "none"
+    """No container."""
+
+
+class ApptainerContainer(Section):
+    """Each node's processes in `apptainer exec`; the job's batch process stays outside."""
+
+    kind: Literal["apptainer"]
+    """Apptainer, or Singularity under that name."""
+    image: Text
+    """Path of the image, which holds Python with qlora-dist's dependencies."""
+    binds: list[Text] = Field(default_factory=list)
+    """Folders beside the run directory to see inside, such as models and data."""
+    python: Text = "python3"
+    """Interpreter inside."""
+
+
+class PyxisContainer(Section):
+    """Each node's processes in a container of srun's own, by the pyxis plugin."""
+
+    kind: Literal["pyxis"]
+    """pyxis with enroot."""
+    image: Text
+    """As `srun --container-image` takes it."""
+    binds: list[Text] = Field(default_factory=list)
+    """Folders beside the run directory to see inside, such as models and data."""
+    python: Text = "python3"
+    """Interpreter inside."""
+
+
+Container = Annotated[
+    NoContainer | ApptainerContainer | PyxisContainer, Field(discriminator="kind")
+]
 
 
 class Profile(Section):
@@ -47,6 +85,8 @@ class Profile(Section):
     They are code: read a profile before you use it."""
     env: dict[str, str] = Field(default_factory=dict)
     """Variables of the job. They are written into its script: no place for a secret."""
+    container: Container = Field(default_factory=NoContainer)
+    """What the processes of a node run in."""
     network_interface: Text | None = None
     """Interface that the nodes talk over, such as ib0."""
     mail_user: Text | None = None

@@ -1,6 +1,7 @@
 """Runs as Slurm jobs: handing a batch script to sbatch through submitit, once."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,9 +15,10 @@ from qlora_dist.ends import RankEnd
 from qlora_dist.environment import for_sbatch
 from qlora_dist.errors import RunDirError, UserError
 from qlora_dist.files import write_json, write_text
-from qlora_dist.layout import SWEEP, RunDir
+from qlora_dist.layout import CONTAINER, SWEEP, RunDir
 from qlora_dist.plan import Plan
 from qlora_dist.scheduler import live_jobs
+from qlora_slurm.container import container_json
 from qlora_slurm.script import Job, batch_script, command, parameters, pass_env
 
 
@@ -31,12 +33,17 @@ class SlurmBackend:
         self._after = tuple(after)
 
     def files(self, plan: Plan, run_dir: Path) -> dict[str, str]:
-        """The batch script, for the bundle.
+        """The batch script, and what a node's task is started in, for the bundle.
 
         Raises:
             UserError: The profile is missing or wrong.
         """
-        return {"batch.sh": batch_script(Job(plan, run_dir, (run_dir,)))}
+        job = Job(plan, run_dir, (run_dir,))
+        files = {"batch.sh": batch_script(job)}
+        container = container_json(plan, job.profile, run_dir)
+        if container is not None:
+            files[CONTAINER] = json.dumps(container, indent=2) + "\n"
+        return files
 
     def check(self, run: RunDir) -> None:
         """Refuse what cannot be submitted now.
@@ -123,6 +130,10 @@ class SlurmBackend:
             with _environment(env):
                 return str(executor._submit_command(command(job)).job_id)
         except FailedJobError as error:
+            # sbatch may give up waiting for an answer to a job that was taken.
+            if jobs := live_jobs(job.folder):
+                say(f"sbatch failed, and the job is in the queue: {_last_words(error)}")
+                return jobs[0]
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
 
 

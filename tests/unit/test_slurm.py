@@ -20,6 +20,7 @@ from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, parse
 from qlora_dist.spec_file import spec_from_tree
 from qlora_slurm.script import Job, batch_script
 from qlora_slurm.site_profile import load_profile
+from qlora_slurm.submit import SlurmBackend
 from tests.unit.test_spec import GOOD
 
 RUNNING = JobView("RUNNING", "None", restarts=0, requeue=True, nodes="n[1-2]")
@@ -201,6 +202,34 @@ def test_the_element_of_an_array_is_its_runs_job(tmp_path):
     assert queue.jobs_of(tmp_path / "a") == ["7_0", "8"]
     assert queue.jobs_of(tmp_path / "b") == ["7_1"]
     assert queue.jobs_of(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "srun", "argv"),
+    [
+        (
+            "apptainer",
+            [],
+            "apptainer exec --nv --bind {run} --bind /data/m --bind /x /i.sif python3",
+        ),
+        (
+            "pyxis",
+            ["--container-image=/i.sif", "--container-mounts={run}:{run},/data/m:/data/m,/x:/x"],
+            "python3",
+        ),
+    ],
+)
+def test_a_nodes_processes_run_in_a_container(tmp_path, kind, srun, argv):
+    file = tmp_path / "site.yaml"
+    file.write_text(f"container: {{kind: {kind}, image: /i.sif, binds: [/x]}}")
+    resources = {"backend": "slurm", "gpus_per_node": 1, "profile": str(file)}
+    tree = {**GOOD, "run_dir": str(tmp_path), "resources": resources}
+    plan = make_plan(spec_from_tree(tree, ["model.source=/data/m", "model.shape=llama-7b"]))
+    files = SlurmBackend().files(plan, tmp_path)
+    assert json.loads(files["container.json"]) == {
+        "srun": [word.format(run=tmp_path) for word in srun],
+        "argv": argv.format(run=tmp_path).split(),
+    }
 
 
 def test_a_time_limit_that_the_warning_uses_up_is_refused(tmp_path):
