@@ -127,10 +127,12 @@ class _Stops:
             self._ask(ends.TIME_LIMIT)
 
     def named(self, end: RankEnd, view: JobView | None) -> RankEnd:
-        """The end under its right name: at the limit itself, ranks get the signal of any stop."""
-        if end.code == ends.PREEMPTED and view is not None and view.reason == "TimeLimit":
-            return replace(end, code=ends.TIME_LIMIT)
-        return end
+        """The end under its right name, now that Slurm has been asked."""
+        if end.code != ends.PREEMPTED or view is None:
+            return end
+        # At the limit itself, ranks get the signal of any stop; before, it may have been moved.
+        warned = signal.SIGUSR1.name in self.received and self._deadline.warned(view)
+        return replace(end, code=ends.TIME_LIMIT) if warned or view.reason == "TimeLimit" else end
 
     def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)

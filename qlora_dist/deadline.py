@@ -4,7 +4,7 @@ import sys
 import time
 
 from qlora_dist.beats import Beat
-from qlora_dist.scheduler import SchedulerError, show_job
+from qlora_dist.scheduler import JobView, SchedulerError, show_job
 
 # The limit may be changed while the job runs.
 _ASK_EVERY_S = 60.0
@@ -42,8 +42,14 @@ class Deadline:
             return
         self._end = view.end_time if view else self._end
 
-    def warned(self) -> bool:
-        """Whether a signal that comes now may be the warning of the limit."""
+    def warned(self, view: JobView | None = None) -> bool:
+        """Whether a warning that comes now is that of the limit.
+
+        Args:
+            view: What Slurm says now, if it has been asked; else its last answer counts.
+        """
+        if view is not None:
+            self._end = None if view.preempted else view.end_time
         return self._end is not None and self._left() < self._lead_s + _EARLY_S
 
     def due(self, beats: dict[int, Beat]) -> bool:

@@ -70,6 +70,7 @@ class JobView:
         start_time: When it started, or is expected to, in seconds since the epoch; None if Slurm
             does not say.
         end_time: When its time is over; None if it has no limit, or has not started.
+        preempted: Whether it has been told to make room, and is in its grace time.
     """
 
     state: str
@@ -79,6 +80,7 @@ class JobView:
     nodes: str
     start_time: float | None = None
     end_time: float | None = None
+    preempted: bool = False
 
     @property
     def is_live(self) -> bool:
@@ -132,6 +134,7 @@ def parse_job(text: str) -> JobView:
             nodes="" if fields.get("NodeList") == "(null)" else fields.get("NodeList", ""),
             start_time=_time(fields.get("StartTime", "")),
             end_time=_time(fields.get("EndTime", "")),
+            preempted=_time(fields.get("PreemptTime", "")) is not None,
         )
     except (KeyError, ValueError) as error:
         raise SchedulerError(f"scontrol's answer lacks {error}: {text[:200]}") from None
