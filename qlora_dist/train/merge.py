@@ -176,6 +176,8 @@ def _base_folder(spec: RunSpec) -> Path:
                 spec.model.source,
                 revision=spec.model.revision,
                 allow_patterns=[*_COMPANIONS, "*.safetensors"],
+                # Second copies of the weights, which `qlora prefetch` leaves out too.
+                ignore_patterns=["*/*", "consolidated*"],
                 token=read_token(spec.model.token_file),
             )
         )
