@@ -51,6 +51,7 @@ class Fault:
         strike: Does it, given the test's own view of the run.
         codes: How the first attempt may end.
         lossless: Whether there is time to save every complete step.
+        early: Whether it strikes before the job starts.
         env: Variables of the submitting shell.
         spec: Changes of the config.
         site: Changes of the profile.
@@ -59,6 +60,7 @@ class Fault:
     strike: Callable[["Struck"], None]
     codes: tuple[int, ...]
     lossless: bool = True
+    early: bool = False
     env: tuple[tuple[str, str], ...] = ()
     spec: tuple[tuple[str, Any], ...] = ()
     site: tuple[tuple[str, Any], ...] = ()
@@ -140,6 +142,11 @@ def lose_controller(at: Struck) -> None:
     at.testbed.restart_controller(after_s=8)
 
 
+def spoil_node(at: Struck) -> None:
+    """The first node cannot write into the run directory, for where it would there is a folder."""
+    (at.run.control / "probe-n1").mkdir()
+
+
 def nothing(_: Struck) -> None:
     """The fault is in the run itself."""
 
@@ -157,6 +164,13 @@ FAULTS = {
     "scontrol requeue": Fault(clients("scontrol", "requeue"), STOPPED),
     "controller away": Fault(lose_controller, STOPPED),
     "node fails": Fault(fail_node, (), lossless=False),
+    "bad node": Fault(
+        spoil_node,
+        (ends.BAD_NODE,),
+        early=True,
+        spec=(("resources__nodes", 1), ("resources__processes_per_node", 2)),
+        site=(("sbatch", {"begin": "now+5"}),),
+    ),
     "rank killed": Fault(kill_rank, (ends.FAILED,), lossless=False),
     "torchrun killed": Fault(kill_torchrun, (*STOPPED, ends.FAILED), lossless=False),
     "rank frozen": Fault(
@@ -226,7 +240,8 @@ class SlurmFaults:
         done = self._qlora("submit", config, env=dict(fault.env))
         assert done.returncode == 0, done.stdout
         job = done.stdout.partition("submitted job ")[2].partition(":")[0]
-        wait_until(lambda: num_steps(run) >= STRIKE_AFTER or newest_attempt(run) == 1)
+        if not fault.early:
+            wait_until(lambda: num_steps(run) >= STRIKE_AFTER or newest_attempt(run) == 1)
         begin = time.time()
         fault.strike(Struck(self._testbed, run, job))
         state = wait_until(lambda: ended(run))
