@@ -168,11 +168,11 @@ class Testbed:
         deadline = time.monotonic() + timeout_s
         while True:
             queue = self.run("squeue", "--noheader")
-            if not queue and all(self._state(name) == "idle" for name in self.settings.nodes):
+            states = {name: self._state(name) for name in self.settings.nodes}
+            if not queue and set(states.values()) == {"idle"}:
                 return
             if time.monotonic() > deadline:
-                nodes = self.run("sinfo", "-N", "-O", "NodeHost,StateLong,Reason:60")
-                raise QLoRAError(f"not idle after {timeout_s:g} s\n{queue}{nodes}")
+                raise QLoRAError(f"not idle after {timeout_s:g} s: {states}\n{queue}")
             time.sleep(0.1)
 
     def run(self, *command: str) -> str:
