@@ -92,7 +92,7 @@ def parameters(plan: Plan, run_dir: Path) -> dict[str, Any]:
     if any(character in str(run_dir) for character in "\n|%\\"):
         # sbatch reads % in file names as patterns, and squeue's answer is read line by line.
         raise PlanError(f"run_dir: {str(run_dir)!r} holds a newline, |, % or \\; Slurm cannot")
-    minutes = _minutes(spec.resources.time)
+    minutes = time_limit_min(plan)
     if 60 * minutes < profile.signal_lead_s + _EARLY_S + _START_S:
         least = -(-(profile.signal_lead_s + _EARLY_S + _START_S) // 60)
         raise PlanError(
@@ -149,7 +149,9 @@ def _cpus(plan: Plan) -> int | None:
     return None if each is None else each * plan.topology.processes_per_node
 
 
-def _minutes(text: str | None) -> int:
+def time_limit_min(plan: Plan) -> int:
+    """Time limit of a run's jobs, in minutes, which is how Slurm counts."""
+    text = plan.spec.resources.time
     if text is None:
         return _DEFAULT_TIME_MIN
     days, _, clock = text.rpartition("-")
