@@ -3,17 +3,23 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from qlora_dist.diagnosis import Diagnosis
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError
 from qlora_dist.layout import RunDir
+from qlora_dist.ledger import Measured
 from qlora_dist.plan import Plan
 
 BACKENDS: dict[str, str] = {
     "local": "qlora_launch.local:LocalBackend",
     "slurm": "qlora_slurm.submit:SlurmBackend",
 }
+
+
+# Who can say what a scheduler will do to a run.
+DOCTORS: dict[str, str] = {"slurm": "qlora_slurm.doctor:SlurmDoctor"}
 
 
 class Backend(Protocol):
@@ -28,6 +34,14 @@ class Backend(Protocol):
         ...
 
 
+class Doctor(Protocol):
+    """Reads a site, and says what it will do to a run."""
+
+    def examine(self, plan: Plan, measured: Measured | None, step_s: float | None) -> Diagnosis:
+        """Say what will happen to a run there."""
+        ...
+
+
 def get_backend(name: str) -> Backend:
     """Import the backend that a spec names.
 
@@ -38,11 +52,25 @@ def get_backend(name: str) -> Backend:
         raise PlanError(
             f"resources.backend: {name} does not run yet; what runs: {', '.join(BACKENDS)}"
         )
-    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = _import(name, BACKENDS[name])
+    return backend
+
+
+def get_doctor(name: str) -> Doctor:
+    """Import a backend's doctor.
+
+    Raises:
+        PlanError: What it needs is not installed.
+    """
+    doctor: Doctor = _import(name, DOCTORS[name])
+    return doctor
+
+
+def _import(name: str, path: str) -> Any:
+    module, _, attribute = path.partition(":")
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        return getattr(importlib.import_module(module), attribute)()
     except ModuleNotFoundError as error:
         raise PlanError(
             f"resources.backend: {name} needs {error.name}; pip install 'qlora-dist[{name}]'"
         ) from error
-    return backend
