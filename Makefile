@@ -15,7 +15,7 @@ READY :=
 endif
 
 .PHONY: setup check format test docs demo fidelity faults bench-data gpu-line gpu-exact gpu-test slurm-testbed \
-	slurm-testbed-down slurm-test clean
+	slurm-testbed-down slurm-test slurm-losses clean
 
 setup: $(VENV)/.ready
 
@@ -79,6 +79,9 @@ gpu-test:
 # Minutes, and a Slurm of its own; needs Debian's slurm-wlm, slurmdbd, munge, mariadb-server and root.
 slurm-test: $(READY)
 	$(PYTHON) -m pytest tests/slurm
+
+slurm-losses: $(READY)
+	$(PYTHON) bench/slurm_losses.py $(ARGS)
 
 slurm-testbed: $(READY)
 	$(PYTHON) slurm/testbed/qlora_testbed.py up .cache/slurm $(ARGS)

@@ -14,7 +14,7 @@ class Config:
         version: Slurm's.
         cluster: Its name.
         preempt_type: Such as preempt/partition_prio.
-        preempt_mode: Such as ("REQUEUE",) or ("GANG", "SUSPEND").
+        preempt_mode: OFF, REQUEUE, CANCEL or SUSPEND; also None for one that is none of these.
         user_signal: Whether a preempted job gets the signal of its own --signal.
         kill_wait_s: From SIGTERM to SIGKILL.
         job_requeue: Whether jobs that say nothing of it may be requeued.
@@ -37,7 +37,7 @@ class Config:
     version: str | None
     cluster: str | None
     preempt_type: str | None
-    preempt_mode: tuple[str, ...] | None
+    preempt_mode: str | None
     user_signal: bool | None
     kill_wait_s: float | None
     job_requeue: bool | None

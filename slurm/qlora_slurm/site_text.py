@@ -41,7 +41,7 @@ def parse_config(text: str) -> Config:
         version=some("SLURM_VERSION"),
         cluster=some("ClusterName"),
         preempt_type=some("PreemptType"),
-        preempt_mode=_split(some("PreemptMode")),
+        preempt_mode=_mode(some("PreemptMode") or ""),
         user_signal=_user_signal(values),
         kill_wait_s=_seconds(some("KillWait")),
         job_requeue=_flag(some("JobRequeue")),
@@ -89,7 +89,7 @@ def _partition(line: str) -> Partition:
             default=values["Default"] == "YES",
             up=values["State"] == "UP",
             tier=int(values["PriorityTier"]),
-            preempt_mode=None if mode in ("NONE", "N/A", "(null)") else mode.partition(",")[0],
+            preempt_mode=_mode(mode),
             grace_s=grace,
             max_time_s=limit,
             max_nodes=math.inf if values["MaxNodes"] == "UNLIMITED" else int(values["MaxNodes"]),
@@ -143,7 +143,7 @@ def parse_qos(text: str) -> tuple[Qos, ...]:
                     name=name,
                     grace_s=_seconds(grace) or 0.0,
                     preempts=tuple(preempts.split(",")) if preempts else (),
-                    preempt_mode=None if mode in ("cluster", "") else mode.upper(),
+                    preempt_mode=_mode(mode.upper()),
                     max_time_s=math.inf if not limit else _clock(limit),
                 )
             )
@@ -152,8 +152,12 @@ def parse_qos(text: str) -> tuple[Qos, ...]:
     return tuple(found)
 
 
-def _split(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(text.split(","))
+def _mode(text: str) -> str | None:
+    """``REQUEUE``, ``GANG,SUSPEND``; None where it says nothing of its own, such as ``cluster``."""
+    words = text.split(",")
+    found = [word for word in words if word in ("OFF", "REQUEUE", "CANCEL", "SUSPEND")]
+    # By itself it shares out time, by suspending.
+    return found[0] if found else ("SUSPEND" if "GANG" in words else None)
 
 
 def _flag(text: str | None) -> bool | None:

@@ -11,6 +11,8 @@ from qlora_dist.diagnosis import TEARDOWN_S, Finding, stop_s
 from qlora_slurm.case import Case, number
 from qlora_slurm.site_facts import Partition
 
+_UNKNOWN_MODE = "Jobs may be preempted, and what becomes of them then is not known."
+
 
 @dataclass(frozen=True)
 class _Preemption:
@@ -21,6 +23,7 @@ class _Preemption:
         grace_s: GraceTime; None as mode.
         by: What decided it.
         whose: Where an administrator would change it.
+        why: What there is to say where it is OFF or unknown.
     """
 
     mode: str | None
@@ -61,10 +64,12 @@ def _way(case: Case, partition: Partition) -> _Preemption:
 
 
 def _by_partition(case: Case, partition: Partition) -> _Preemption:
-    mode, at = _cluster_mode(case), f"of partition {partition.name}"
+    mode, at = case.site.config.preempt_mode, f"of partition {partition.name}"
     by = f"PreemptMode={mode} of the cluster"
     if partition.preempt_mode is not None:
         mode, by = partition.preempt_mode, f"PreemptMode={partition.preempt_mode} {at}"
+    if mode is None:
+        return _Preemption(None, None, (by,), "", _UNKNOWN_MODE)
     if mode == "OFF":
         return _Preemption("OFF", 0, (by,), "", f"Jobs {at} are not preempted.")
     if not (rivals := case.rivals(partition)):
@@ -88,21 +93,18 @@ def _by_qos(case: Case, partition: Partition) -> _Preemption:
         text = f"Jobs are preempted by QOS, and this cluster has no qos {name!r}."
         return _Preemption(None, None, (kind,), "", text)
     qos, at = named[name], f"of QOS {name}"
-    mode = qos.preempt_mode or _cluster_mode(case)
+    mode = qos.preempt_mode or case.site.config.preempt_mode
     by = f"PreemptMode={mode} {at if qos.preempt_mode else 'of the cluster'}"
     rivals = [each.name for each in named.values() if name in each.preempts]
     if mode == "OFF" or not rivals:
         text = f"No QOS preempts {name}: nothing preempts the job."
         return _Preemption("OFF", 0, (kind, by), "", text)
+    if mode is None:
+        return _Preemption(None, None, (kind, by), "", _UNKNOWN_MODE)
     grace = f"GraceTime={number(qos.grace_s)} {at}"
     return _Preemption(
         mode, qos.grace_s, (by, grace, f"Preempt of QOS {', '.join(rivals)}"), f"QOS {name}"
     )
-
-
-def _cluster_mode(case: Case) -> str | None:
-    modes = [mode for mode in case.site.config.preempt_mode or () if mode != "GANG"]
-    return modes[0] if modes else None
 
 
 def _window(case: Case, way: _Preemption) -> float | None:

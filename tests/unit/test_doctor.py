@@ -1,5 +1,6 @@
 """The doctor without a Slurm: what its programs print, and what follows for a run."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.diagnosis import Diagnosis, lead_s, most_lost_steps, stop_s
+from qlora_dist.errors import UserError
 from qlora_dist.ledger import Measured
 from qlora_dist.plan import make_plan
 from qlora_dist.scheduler import SchedulerError
 from qlora_dist.spec_file import spec_from_tree
+from qlora_launch.doctor import examine
 from qlora_launch.show_doctor import doctor_json, doctor_text
 from qlora_slurm import site_text
+from qlora_slurm.ask import read_site
 from qlora_slurm.case import Case
 from qlora_slurm.doctor import diagnose
 from qlora_slurm.site_facts import Site
@@ -72,7 +76,7 @@ def find(a_case, event, word=""):
 def test_a_captured_configuration_is_read():
     config = site_text.parse_config(text("config"))
     assert (config.version, config.cluster) == ("22.05.8", "testbed")
-    assert config.preempt_mode == ("REQUEUE",)
+    assert config.preempt_mode == "REQUEUE"
     assert (config.kill_wait_s, config.slurmd_timeout_s, config.cred_expire_s) == (5, 5, 5)
     assert (config.over_time_limit_s, config.min_job_age_s) == (0, 300)
     assert (config.accounting, config.job_requeue, config.user_signal) == (True, True, False)
@@ -83,7 +87,7 @@ def test_a_captured_configuration_is_read():
 
 def test_another_captured_configuration_is_read():
     config = site_text.parse_config(text("config-other"))
-    assert config.preempt_mode == ("GANG", "SUSPEND")
+    assert config.preempt_mode == "SUSPEND"
     assert config.proctrack == "proctrack/pgid"
     assert (config.accounting, config.job_requeue, config.user_signal) == (False, False, True)
 
@@ -94,6 +98,8 @@ def test_another_captured_configuration_is_read():
         ("KillWait                = 5 sec", "KillWait = 30 sec", "kill_wait_s", 30),
         ("TimeLimit           = 0 min", "TimeLimit = 2 min", "over_time_limit_s", 120),
         ("TimeLimit           = 0 min", "TimeLimit = UNLIMITED", "over_time_limit_s", math.inf),
+        ("PreemptMode             = REQUEUE", "PreemptMode = GANG", "preempt_mode", "SUSPEND"),
+        ("PreemptMode             = REQUEUE", "PreemptMode = NEW", "preempt_mode", None),
         (",cred_expire=5", "", "cred_expire_s", 120),
         ("RequeueExit             = (null)", "RequeueExit = 1-3,85", "requeue_exit", {1, 2, 3, 85}),
         ("DefMemPerNode", "DefMemPerCPU = 7\nX", "default_mem", "DefMemPerCPU=7"),
@@ -236,6 +242,14 @@ def test_where_nothing_preempts_nothing_is_lost(where, word):
     assert finding.can_lose == 0
 
 
+def test_a_way_of_preempting_that_is_not_known_is_not_guessed():
+    for config in ({"preempt_mode": None}, {"preempt_type": "preempt/new"}, {"preempt_type": None}):
+        where = site(config=config, partition={"preempt_mode": None})
+        finding = find(case(where, QUICK), "preemption")
+        assert "not known" in finding.what
+        assert finding.can_lose == 102
+
+
 def test_a_suspended_job_keeps_its_memory_and_may_time_out():
     finding = find(case(site("-other"), QUICK), "preemption")
     assert "memory on the GPUs stays taken" in finding.what
@@ -357,6 +371,71 @@ def test_several_partitions_are_each_diagnosed():
     both = replace(where, partitions=(*where.partitions, high), others=())
     found = [f for f in diagnose(case(both, SLOW)) if f.event == "preemption"]
     assert [f.can_lose for f in found] == [131, 0]
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Programs of Slurm's names that print what the real ones did; returns their folder."""
+    answers = {
+        "scontrol": f"""case "$*" in
+"show config") cat '{DATA}/config.txt';;
+"show partition --oneliner") cat '{DATA}/partitions.txt';;
+*) exit 9;; esac""",
+        "sinfo": f"cat '{DATA}/nodes.txt'",
+        "sacctmgr": f"cat '{DATA}/qos.txt'",
+    }
+    for name, body in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
+
+
+def test_a_site_is_what_the_programs_say(programs):
+    assert read_site(None) == site()
+    names = [each.name for each in read_site("high,low").partitions]
+    assert names == ["high", "low"]
+    with pytest.raises(UserError, match="'gpu' is none of this cluster's; there are low, high"):
+        read_site("low,gpu")
+
+
+def test_a_program_that_fails_leaves_its_part_unknown(programs):
+    for name in ("sinfo", "sacctmgr"):
+        (programs / name).write_text("#!/bin/sh\necho down >&2\nexit 1\n")
+    found = read_site("low")
+    assert (found.nodes, found.qos) == ((), None)
+    assert [line.partition(":")[0] for line in found.unknown] == ["nodes of the partition", "QOS"]
+    # Nodes that are not known rule nothing out.
+    assert find(case(found, SLOW), "preemption").can_lose == 131
+    (programs / "scontrol").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    with pytest.raises(SchedulerError, match="scontrol show config: no controller"):
+        read_site("low")
+
+
+def test_a_plugin_that_may_change_jobs_is_an_unknown(programs):
+    lua = text("config").replace("JobSubmitPlugins        = (null)", "JobSubmitPlugins = lua")
+    (programs / "config.txt").write_text(lua)
+    script = (programs / "scontrol").read_text()
+    (programs / "scontrol").write_text(script.replace(f"{DATA}/config", f"{programs}/config"))
+    assert read_site("low").unknown == ("what JobSubmitPlugins=lua changes of the job's options",)
+
+
+def test_a_config_and_a_run_directory_are_examined_alike(programs, tmp_path):
+    profile = tmp_path / "a: 'b'.yaml"
+    profile.write_text("{partition: low, mem_gb: 1}")
+    run = tmp_path / "run"
+    spec = spec_from_tree({**GOOD, "run_dir": str(run)})
+    config = tmp_path / "x.yaml"
+    config.write_text(spec.model_dump_json())
+    run.mkdir()
+    tree = {"spec": spec.model_dump(mode="json")}
+    (run / "run.json").write_text(json.dumps(tree))
+    by_config = examine(str(config), ["checkpoint.every_steps=7"], str(profile))
+    assert examine(str(run), ["checkpoint.every_steps=7"], str(profile)) == by_config
+    name, found = by_config
+    assert (name, found.measured) == (spec.name, None)
+    assert found.site == "cluster testbed, Slurm 22.05.8, partition low, 2 node(s)"
+    assert "checkpoint.every_steps=7" in str(found.findings)
 
 
 def test_the_report_has_every_finding_on_lines_of_a_hundred_characters():
