@@ -25,13 +25,22 @@ def doctor_json(found: Diagnosis) -> dict[str, Any]:
 def _lines(name: str, found: Diagnosis) -> Iterator[str]:
     yield f"{name} on {found.site}"
     if found.measured is None:
-        yield "  measured        nothing yet, so how long a stop takes is not known: the longest"
-        yield "                  micro-step, and up to two saves (one may be on its way)"
+        yield from _row(
+            "measured",
+            "nothing yet, so how long a stop takes is not known: the longest micro-step, and up to "
+            "two saves (one may be on its way)",
+        )
     else:
-        measured = f"micro-step {found.measured.micro_s:.2f} s, save {found.measured.save_s:.1f} s"
-        yield f"  measured        {measured}, in the newest attempt"
-        yield f"  signal_lead_s   {found.signal_lead_s} is proposed: a micro-step, two saves (one"
-        yield "                  may be on its way), and the way back into the queue"
+        yield from _row(
+            "measured",
+            f"micro-step {found.measured.micro_s:.2f} s, save {found.measured.save_s:.1f} s, in "
+            "the run's newest attempt",
+        )
+        yield from _row(
+            "proposed",
+            f"signal_lead_s: {found.signal_lead_s}, for a micro-step, two saves (one may be on its "
+            "way) and the way back into the queue",
+        )
     for event, group in groupby(found.findings, key=lambda finding: finding.event):
         yield ""
         yield event

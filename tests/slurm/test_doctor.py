@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_dist.errors import QLoRAError
 from qlora_testbed import Settings
 from tests.conftest import run_qlora, write_config
 
@@ -98,7 +99,7 @@ def test_the_other_settings_are_what_scontrol_shows(doctor, testbed, changed):
 
 
 def test_accounting_and_qos_are_read_where_there_are_some(doctor, make):
-    other = make(Settings(accounting=True, more="PreemptExemptTime=0"))
+    other = make(Settings(accounting=True))
     other.up()
     other.run("sacctmgr", "--immediate", "add", "qos", "scavenger", "GraceTime=120")
     found = doctor(other, site={"qos": "gold"})
@@ -127,7 +128,7 @@ def test_what_does_not_fit_meets_the_fate_that_was_foretold(
     assert fate in pick(doctor(site=site, **resources), "submission", fate)["what"]
     command = ["sbatch", "--parsable", "--nodes=1", "--mem=10", *options, "--wrap=true"]
     if fate == "sbatch refuses":
-        with pytest.raises(Exception, match="exit 1"):
+        with pytest.raises(QLoRAError, match="exit 1"):
             testbed.run(*command)
         return
     job = testbed.run(*command).strip()

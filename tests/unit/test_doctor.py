@@ -446,7 +446,7 @@ def test_the_report_has_every_finding_on_lines_of_a_hundred_characters():
     flat = " ".join(shown.split())
     assert all(" ".join(finding.what.split()) in flat for finding in findings)
     assert max(map(len, shown.splitlines())) <= 100
-    assert "signal_lead_s 68 is proposed" in flat
+    assert "proposed signal_lead_s: 68, for" in flat
     assert "not read QOS: no answer" in flat
     assert doctor_json(found)["findings"][0]["event"] == findings[0].event
     before = doctor_text("run", replace(found, measured=None, signal_lead_s=None))
