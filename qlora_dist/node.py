@@ -29,11 +29,11 @@ def main(run_path: str, attempt: str, host: str, port: str) -> int:
         f"--node-rank={os.environ['SLURM_NODEID']}",
         f"--master-addr={host}",
         f"--master-port={port}",
+        # An option: torchrun sets TORCHELASTIC_SIGNALS_TO_HANDLE itself, to what this one says.
+        "--signals-to-handle=SIGINT",
     )
     log = run.attempt(number) / "logs" / f"torchrun_{os.environ['SLURM_NODEID']}.log"
-    process = start_torchrun(
-        run, number, rendezvous, log, {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"}
-    )
+    process = start_torchrun(run, number, rendezvous, log, {})
 
     def on_signal(_number: int, _frame: types.FrameType | None) -> None:
         with contextlib.suppress(OSError):
