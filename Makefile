@@ -15,7 +15,7 @@ READY :=
 endif
 
 .PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-test slurm-testbed \
-	slurm-testbed-down slurm-faults test-matrix clean
+	slurm-testbed-down slurm-faults slurm-losses test-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -87,6 +87,9 @@ gpu-test:
 # Every fault in every pair of settings, about an hour; ARGS="--only preempted --settings 2".
 slurm-faults: $(READY)
 	$(PYTHON) bench/slurm_faults.py $(ARGS)
+
+slurm-losses: $(READY)
+	$(PYTHON) bench/slurm_losses.py $(ARGS)
 
 slurm-testbed: $(READY)
 	$(PYTHON) slurm/testbed/qlora_testbed.py up .cache/slurm $(ARGS)

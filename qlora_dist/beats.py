@@ -12,6 +12,9 @@ from typing import Any
 
 from qlora_dist.layout import RunDir
 
+# A watcher that was not woken for so long was suspended.
+_STOPPED_S = 30.0
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -81,6 +84,9 @@ class Watch:
         now = time.monotonic()
         if now - self._looked < self._every_s:
             return None
+        if now - self._looked > self._every_s + _STOPPED_S:
+            # This process was stopped itself, perhaps its whole job: nothing was seen meanwhile.
+            self._moved = now
         self._looked = now
         beats = self.beats | read_beats(self._run, self._attempt)
         if any(beats[r].count != getattr(self.beats.get(r), "count", None) for r in beats):

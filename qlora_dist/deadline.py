@@ -4,16 +4,14 @@ import sys
 import time
 
 from qlora_dist.beats import Beat
+from qlora_dist.diagnosis import clock_s
+from qlora_dist.ledger import Measured
 from qlora_dist.scheduler import JobView, SchedulerError, show_job
 
 # The limit may be changed while the job runs.
 _ASK_EVERY_S = 60.0
 # sbatch(1), --signal: the warning may come so much early.
 _EARLY_S = 60.0
-# What follows a save in a job: the ranks' ends, the decision, the requeue.
-_AFTER_S = 15.0
-# Before anything was measured.
-_UNMEASURED_S = 60.0
 
 
 class Deadline:
@@ -54,17 +52,11 @@ class Deadline:
 
     def due(self, beats: dict[int, Beat]) -> bool:
         """Whether ranks must be asked to save now, for there may be no warning in time."""
-        return self._end is not None and self._left() < time_to_stop(beats)
+        micro_s = max((beat.micro_s for beat in beats.values()), default=0.0)
+        save_s = max((beat.save_s for beat in beats.values()), default=0.0)
+        measured = Measured(micro_s, save_s) if save_s else None
+        return self._end is not None and self._left() < clock_s(measured)
 
     def _left(self) -> float:
         assert self._end is not None
         return self._end - time.time()
-
-
-def time_to_stop(beats: dict[int, Beat]) -> float:
-    """Seconds from asking ranks to save until the job may be killed, with a reserve."""
-    micro_s = max((beat.micro_s for beat in beats.values()), default=0.0)
-    save_s = max((beat.save_s for beat in beats.values()), default=0.0)
-    if not save_s:
-        return _UNMEASURED_S + _AFTER_S
-    return 2 * (micro_s + save_s) + _AFTER_S

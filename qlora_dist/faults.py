@@ -3,7 +3,8 @@
 ``QLORA_FAULT=MOMENT[#COUNT][@RANK][~ATTEMPT]=KIND`` makes one process meet one fault, at the
 COUNT-th time (1) that it comes to a moment, on rank RANK (0), in one attempt or in each. What
 happens then is real: a signal to the own process, an exception, a disk that is filled to its last
-byte, a process that stays where it is. Nothing happens without the variable.
+byte, a process that stays where it is. ``slow:SECONDS`` stands for storage that is slow from then
+on. Nothing happens without the variable.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import re
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +34,10 @@ MOMENTS = (
 )
 KINDS = ("sigterm", "sigkill", "exception", "full-disk", "hang")
 BALLAST = "ballast"
-_PATTERN = re.compile(r"^([a-z-]+)(?:#(\d+))?(?:@(\d+))?(?:~(\d+))?=([a-z-]+)$")
+_PATTERN = re.compile(
+    rf"^({'|'.join(MOMENTS)})(?:#(\d+))?(?:@(\d+))?(?:~(\d+))?="
+    rf"(?:({'|'.join(KINDS)})|slow:(\d+))$"
+)
 
 
 class InjectedError(Exception):
@@ -43,7 +48,8 @@ class InjectedError(Exception):
 class _Fault:
     moment: str
     count: int
-    kind: str
+    kind: str | None
+    slow_s: int
     disk: Path
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -67,13 +73,13 @@ def arm(text: str | None, *, rank: int, attempt: int, disk: Path) -> None:
     if text is None:
         return
     match = _PATTERN.match(text)
-    if match is None or match[1] not in MOMENTS or match[5] not in KINDS:
+    if match is None:
         raise ValueError(
             f"QLORA_FAULT={text!r}: wanted MOMENT[#COUNT][@RANK][~ATTEMPT]=KIND, with a moment of "
-            f"{', '.join(MOMENTS)} and a kind of {', '.join(KINDS)}"
+            f"{', '.join(MOMENTS)} and a kind of {', '.join(KINDS)}, slow:SECONDS"
         )
     if int(match[3] or 0) == rank and int(match[4] or attempt) == attempt:
-        _armed = _Fault(match[1], int(match[2] or 1), match[5], disk)
+        _armed = _Fault(match[1], int(match[2] or 1), match[5], int(match[6] or 0), disk)
 
 
 def reach(moment: str) -> None:
@@ -87,8 +93,14 @@ def reach(moment: str) -> None:
         return
     with fault.lock:
         fault.count -= 1
-        if fault.count != 0:
-            return
+        left = fault.count
+    if fault.kind is None and left <= 0:
+        time.sleep(fault.slow_s)
+    elif left == 0:
+        _strike(fault, moment)
+
+
+def _strike(fault: _Fault, moment: str) -> None:
     if fault.kind == "exception":
         raise InjectedError(f"injected at {moment}")
     if fault.kind == "full-disk":

@@ -81,6 +81,11 @@ class Standing:
         return sum(row.step_s for row in self.attempts) / spent if spent else None
 
 
+def shortest_step_s(run: RunDir) -> float | None:
+    """The shortest step that the run has, in seconds; None before the first."""
+    return min((record["step_s"] for record in _train_records(run)), default=None)
+
+
 def last_step(run: RunDir, attempt: int) -> int:
     """Last step that an attempt has completed, as metrics.jsonl has it now; 0 for none."""
     steps = [r["step"] for r in _train_records(run) if r["attempt"] == attempt]

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from qlora_dist.diagnosis import Diagnosis
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError
 from qlora_dist.layout import RunDir
+from qlora_dist.ledger import Measured
 from qlora_dist.plan import Plan
 
 BACKENDS: dict[str, str] = {
@@ -15,6 +17,10 @@ BACKENDS: dict[str, str] = {
     "allocation": "qlora_launch.allocation:AllocationBackend",
     "slurm": "qlora_slurm.submit:SlurmBackend",
 }
+
+
+# Who can say what a scheduler will do to a run.
+DOCTORS: dict[str, str] = {"slurm": "qlora_slurm.doctor:SlurmDoctor"}
 
 
 class Backend(Protocol):
@@ -49,8 +55,16 @@ class Queue(Backend, Protocol):
 
 def get_queue(after: Sequence[str]) -> Queue:
     """Import Slurm's backend, for runs that start after others have ended well."""
-    queue: Queue = _load("slurm", after)
+    queue: Queue = _load("slurm", BACKENDS["slurm"], after)
     return queue
+
+
+class Doctor(Protocol):
+    """Reads a site, and says what it will do to a run."""
+
+    def examine(self, plan: Plan, measured: Measured | None, step_s: float | None) -> Diagnosis:
+        """Say what will happen to a run there."""
+        ...
 
 
 def get_backend(name: str) -> Backend:
@@ -63,12 +77,22 @@ def get_backend(name: str) -> Backend:
         raise PlanError(
             f"resources.backend: {name} does not run yet; what runs: {', '.join(BACKENDS)}"
         )
-    backend: Backend = _load(name)
+    backend: Backend = _load(name, BACKENDS[name])
     return backend
 
 
-def _load(name: str, *args: object) -> Any:
-    module, _, attribute = BACKENDS[name].partition(":")
+def get_doctor(name: str) -> Doctor:
+    """Import a backend's doctor.
+
+    Raises:
+        PlanError: What it needs is not installed.
+    """
+    doctor: Doctor = _load(name, DOCTORS[name])
+    return doctor
+
+
+def _load(name: str, path: str, *args: object) -> Any:
+    module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)(*args)
     except ModuleNotFoundError as error:

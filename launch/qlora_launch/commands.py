@@ -203,6 +203,21 @@ def prefetch_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def doctor_command(args: argparse.Namespace) -> int:
+    """Say what a cluster will do to a run."""
+    from qlora_launch.doctor import examine
+    from qlora_launch.show_doctor import doctor_json, doctor_text
+
+    name, found = examine(args.config, args.overrides, args.cluster)
+    if args.json:
+        import json
+
+        print(json.dumps(doctor_json(found), indent=2))
+    else:
+        print(doctor_text(name, found))
+    return 0
+
+
 def data_command(args: argparse.Namespace) -> int:
     """Tokenise and show the data."""
     from qlora_dist.data.build import ensure_store

@@ -130,6 +130,19 @@ def make_parser() -> argparse.ArgumentParser:
     prefetch.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
     _overrides_argument(prefetch)
 
+    doctor = verb(
+        "doctor",
+        commands.doctor_command,
+        "read a Slurm cluster's settings, and say what it will do to a run, what that can cost, "
+        "and what to change",
+    )
+    doctor.add_argument("config", metavar="CONFIG|RUN", help="YAML file, or run directory")
+    _overrides_argument(doctor)
+    doctor.add_argument(
+        "--cluster", metavar="PROFILE", help="a name in slurm/clusters, or a YAML file"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+
     data = verb("data", commands.data_command, "read and tokenise a run's data, and show it")
     _config_arguments(data)
     data.add_argument(

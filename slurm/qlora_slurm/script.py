@@ -88,7 +88,7 @@ def parameters(job: Job) -> dict[str, Any]:
     values: dict[str, Any] = {
         "job_name": spec.name,
         "nodes": job.plan.topology.nodes,
-        "time": _minutes(spec.resources.time or profile.time, profile),
+        "time": _enough(time_limit_min(job.plan, profile), profile),
         "cpus_per_task": profile.cpus or _cpus(job.plan),
         "use_srun": False,
         "stderr_to_stdout": True,
@@ -161,12 +161,17 @@ def _cpus(plan: Plan) -> int | None:
     return None if each is None else each * plan.topology.processes_per_node
 
 
-def _minutes(text: str | None, profile: Profile) -> int:
+def time_limit_min(plan: Plan, profile: Profile) -> int:
+    """Time limit of a run's jobs, in minutes, which is how Slurm counts."""
+    text = plan.spec.resources.time or profile.time
     if text is None:
         return _DEFAULT_TIME_MIN
     days, _, clock = text.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
-    total = (int(days or 0) * 24 + hours) * 60 + minutes + (1 if seconds else 0)
+    return (int(days or 0) * 24 + hours) * 60 + minutes + (1 if seconds else 0)
+
+
+def _enough(total: int, profile: Profile) -> int:
     least = -(-(profile.signal_lead_s + _EARLY_S + _START_S) // 60)
     if total < least:
         raise PlanError(

@@ -32,6 +32,7 @@ def _up(parsed: argparse.Namespace) -> None:
             accounting=parsed.accounting,
             grace_s=parsed.grace,
             preempt_send_user_signal=parsed.user_signal,
+            preempt_mode=parsed.preempt_mode,
             job_requeue=not parsed.no_job_requeue,
             proctrack=parsed.proctrack,
         )
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--accounting", action="store_true", help="MariaDB and slurmdbd behind sacct")
     up.add_argument("--grace", type=int, default=default.grace_s, metavar="S", help="GraceTime")
     up.add_argument("--user-signal", action="store_true", help="preempt_send_user_signal")
+    modes = ("REQUEUE", "CANCEL", "SUSPEND", "OFF")
+    up.add_argument("--preempt-mode", choices=modes, default=default.preempt_mode)
     up.add_argument("--no-job-requeue", action="store_true", help="JobRequeue=0")
     up.add_argument("--proctrack", choices=("linuxproc", "pgid"), default=default.proctrack)
     for name, words in (

@@ -27,6 +27,8 @@ class Settings:
     # From telling a job in `low` that one in `high` wants its nodes to ending it.
     grace_s: int = 0
     preempt_send_user_signal: bool = False
+    # What becomes of a job in `low` then.
+    preempt_mode: Literal["REQUEUE", "CANCEL", "SUSPEND", "OFF"] = "REQUEUE"
     job_requeue: bool = True
     proctrack: Literal["linuxproc", "pgid"] = "linuxproc"
     # From SIGTERM to SIGKILL.
@@ -36,6 +38,8 @@ class Settings:
     # How long a credential lives. A requeued job waits as long before it starts again.
     cred_expire_s: int = 5
     slurmd_timeout_s: int = 5
+    # More lines of slurm.conf.
+    more: str = ""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -176,16 +180,18 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
 {controller}\
 PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
+PreemptMode={"SUSPEND,GANG" if settings.preempt_mode == "SUSPEND" else "REQUEUE"}
 JobRequeue={int(settings.job_requeue)}
 # Two of these pass before a lost node counts as not responding.
 MessageTimeout=5
 KillWait={settings.kill_wait_s}
 MinJobAge={settings.min_job_age_s}
 SlurmdTimeout={settings.slurmd_timeout_s}
+{settings.more}
 {storage}
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE \
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 \
+PreemptMode={settings.preempt_mode} \
 GraceTime={settings.grace_s} MaxTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=60
 """
