@@ -182,7 +182,7 @@ def time_limit(case: Case) -> Iterator[Finding]:
         )
         proposed, lost = case.proposed_lead_s(), case.can_lose(window)
         if lost and case.measured is not None:
-            what += " The job then ends for good (TIMEOUT), and does not come back by itself."
+            what += " The job may then end for good (TIMEOUT): qlora resume RUN."
         change: list[str] = []
         if proposed is not None and lead < proposed:
             change.append(f"signal_lead_s: {proposed} in the profile")

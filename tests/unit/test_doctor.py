@@ -285,7 +285,7 @@ def test_a_lead_that_is_too_short_is_replaced_by_one_that_covers_a_stop():
     finding = find(case(measured=SLOW, profile={"signal_lead_s": 50}), "time limit")
     assert finding.can_lose == 131
     assert finding.change == ("signal_lead_s: 68 in the profile",)
-    assert "does not come back by itself" in finding.what
+    assert "may then end for good (TIMEOUT)" in finding.what
     assert find(case(measured=SLOW), "time limit").can_lose == 0
     late = site(partition={"over_time_limit_s": 60.0})
     finding = find(case(late, SLOW, profile={"signal_lead_s": 50}), "time limit")
