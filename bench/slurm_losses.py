@@ -93,7 +93,6 @@ TRIALS = (
         PREEMPTION,
         preempt,
         Settings(preempt_mode="CANCEL"),
-        comes_back=False,
     ),
     Trial(
         "preempted, GraceTime=0, KillWait=2, save of 6 s",

@@ -70,9 +70,7 @@ def decide(
         return Decision("nothing", "a restart would change nothing")
     if view is not None and view.restarts != job.restart:
         return Decision("requeued", "Slurm has requeued it already")
-    if cancelled or (
-        view is not None and view.state == "COMPLETING" and view.reason != "TimeLimit"
-    ):
+    if cancelled or (view is not None and _was_cancelled(view)):
         return Decision("nothing", "it was cancelled")
     cause = end.code if end.code in BUDGETS else ends.FAILED
     count = sum((code if code in BUDGETS else ends.FAILED) == cause for code in idle)
@@ -86,3 +84,8 @@ def decide(
     if view is not None and not view.requeue:
         return Decision("new job", "this job may not be requeued", wait_s)
     return Decision("requeue", "it goes on from its last committed step", wait_s)
+
+
+def _was_cancelled(view: JobView) -> bool:
+    """Whether somebody has ended the job, and neither its time nor a job of more weight."""
+    return view.state == "COMPLETING" and view.reason != "TimeLimit" and not view.preempted

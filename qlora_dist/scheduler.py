@@ -70,7 +70,7 @@ class JobView:
         start_time: When it started, or is expected to, in seconds since the epoch; None if Slurm
             does not say.
         end_time: When its time is over; None if it has no limit, or has not started.
-        preempted: Whether it has been told to make room, and is in its grace time.
+        preempted: Whether this execution has been told to make room.
     """
 
     state: str
@@ -134,7 +134,9 @@ def parse_job(text: str) -> JobView:
             nodes="" if fields.get("NodeList") == "(null)" else fields.get("NodeList", ""),
             start_time=_time(fields.get("StartTime", "")),
             end_time=_time(fields.get("EndTime", "")),
-            preempted=_time(fields.get("PreemptTime", "")) is not None,
+            # It stays after a requeue.
+            preempted=(_time(fields.get("PreemptTime", "")) or 0.0)
+            >= (_time(fields.get("StartTime", "")) or float("inf")),
         )
     except (KeyError, ValueError) as error:
         raise SchedulerError(f"scontrol's answer lacks {error}: {text[:200]}") from None

@@ -96,7 +96,8 @@ def parameters(job: Job) -> dict[str, Any]:
         **{name: value for name in named if (value := getattr(profile, name)) is not None},
         "additional_parameters": {
             "ntasks-per-node": 1,
-            "requeue": True,
+            # submitit sorts a profile's own word on it before this one, which would then hold.
+            **({} if "no-requeue" in profile.sbatch else {"requeue": True}),
             "comment": comment_of(job.folder),
             "output": str(job.folder / "control" / "slurm-%j.out"),
             # To the batch process alone: no signal crosses torchrun.

@@ -137,16 +137,15 @@ def _cancelled(case: Case, way: _Preemption) -> Finding:
     window, by = _window(case, way), (*way.by, case.kill_wait()[1])
     lost, resume = case.can_lose(window), "after such an end: qlora resume RUN"
     wish = f"ask the administrator for PreemptMode=REQUEUE of {way.whose}"
-    what = f"{_told(case, way)} Slurm does not requeue the job"
-    if not way.grace_s:
-        what += f", and the run stays ended. {case.verdict(window)}"
-        return Finding("preemption", what, by, lost, (wish, resume))
-    what += "; its batch process does, if all is saved and ended within the grace. "
-    what += case.verdict(window)
-    if case.measured is None:
+    within = "the grace" if way.grace_s else "KillWait"
+    what = (
+        f"{_told(case, way)} Slurm does not requeue the job; its batch process does, if all is "
+        f"saved and ended within {within}. {case.verdict(window)}"
+    )
+    if case.measured is None or window is None:
         return Finding("preemption", what, by, lost, (wish, resume))
     needed = stop_s(case.measured) + TEARDOWN_S
-    if needed <= way.grace_s:
+    if needed <= (way.grace_s or window):
         return Finding("preemption", what, by, lost)
     longer = f"ask the administrator for GraceTime={math.ceil(needed)} of {way.whose}"
     return Finding("preemption", what, by, lost, (wish, longer, resume))

@@ -287,11 +287,13 @@ class Testbed:
             time.sleep(0.02)
 
     def _state(self, node: str) -> str:
-        # A "*" after it says that the node has not answered lately.
-        return self.run("sinfo", "-h", "-p", "low", "-n", node, "-o", "%T").strip()
+        # Not sinfo, which went on saying "mixed" of idle nodes after slurmctld had been away. A "*"
+        # says that the node has not answered lately, a "+" comes before what else there is to say.
+        text = self.run("scontrol", "show", "node", node)
+        return text.partition("State=")[2].split()[0].lower()
 
     def _takes_jobs(self, node: str) -> bool:
-        return self._state(node) in ("idle", "mixed", "allocated", "completing")
+        return self._state(node).partition("+")[0] in ("idle", "mixed", "allocated")
 
     def _works(self, *command: str) -> bool:
         try:

@@ -68,7 +68,7 @@ def shown(testbed, name):
         ({"grace_s": 10}, ["GraceTime=10 of partition low"], "It has 15 s"),
         ({"grace_s": 10, "kill_wait_s": 7}, ["KillWait=7"], "It has 17 s"),
         ({"preempt_send_user_signal": True, "grace_s": 10}, [], "(SIGUSR1)"),
-        ({"preempt_mode": "CANCEL"}, ["PreemptMode=CANCEL of partition low"], "stays ended"),
+        ({"preempt_mode": "CANCEL"}, ["PreemptMode=CANCEL of partition low"], "within KillWait"),
         ({"preempt_mode": "SUSPEND"}, ["PreemptMode=SUSPEND of partition low"], "goes on later"),
         ({"preempt_mode": "OFF"}, ["PreemptMode=OFF of partition low"], "are not preempted"),
     ],

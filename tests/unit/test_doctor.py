@@ -212,7 +212,7 @@ def test_before_anything_is_measured_the_bound_is_two_save_intervals_or_the_whol
 @pytest.mark.parametrize(
     ("partition", "measured", "words", "changes"),
     [
-        ({"grace_s": 0}, QUICK, "the run stays ended", 2),
+        ({"grace_s": 0}, QUICK, "ended within KillWait", 3),
         ({"grace_s": 10}, QUICK, "its batch process does", 0),
         ({"grace_s": 9}, QUICK, "its batch process does", 3),
     ],

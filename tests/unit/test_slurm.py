@@ -46,6 +46,12 @@ def make_end(code):
         # scancel: a requeue would bring it back to life.
         (ends.PREEMPTED, JobView("COMPLETING", "None", 0, True, "n1"), "nothing"),
         (ends.PREEMPTED, JobView("COMPLETING", "TimeLimit", 0, True, "n1"), "requeue"),
+        # PreemptMode=CANCEL without a grace.
+        (
+            ends.PREEMPTED,
+            JobView("COMPLETING", "None", 0, True, "n1", preempted=True),
+            "requeue",
+        ),
         (ends.PREEMPTED, JobView("RUNNING", "None", 0, False, "n1"), "new job"),
         # Slurm does not answer: a refused requeue costs nothing.
         (ends.PREEMPTED, None, "requeue"),
@@ -111,6 +117,24 @@ def test_an_answer_of_scontrol_is_read():
     assert view.end_time == datetime(2026, 11, 22, 10).timestamp()
     with pytest.raises(SchedulerError, match="lacks 'JobState'"):
         parse_job("slurm_load_jobs error")
+
+
+@pytest.mark.parametrize(
+    ("preempted", "started", "expected"),
+    [
+        ("None", "2026-11-22T10:00:00", False),
+        ("2026-11-22T10:05:00", "2026-11-22T10:00:00", True),
+        # In an execution before this one.
+        ("2026-11-22T09:05:00", "2026-11-22T10:00:00", False),
+        ("2026-11-22T09:05:00", "Unknown", False),
+    ],
+)
+def test_a_preemption_is_one_of_this_execution(preempted, started, expected):
+    text = (
+        f"JobState=COMPLETING Reason=None Requeue=1 Restarts=2 StartTime={started} "
+        f"EndTime=Unknown PreemptTime={preempted}"
+    )
+    assert parse_job(text).preempted is expected
 
 
 def test_an_array_element_is_named_by_array_and_index():
