@@ -25,7 +25,7 @@ class Beat:
         stage: Such as "load" or "training".
         waits: Whether it waits there for other ranks.
         step: Steps that are complete.
-        micro_s: Seconds of a micro-batch, forward and backward, in the last step; 0 before.
+        micro_s: Seconds of a micro-batch, forward and backward, in the slowest step but the first.
         save_s: Seconds from the longest save's begin to its commit; 0 before the first.
         time: Seconds since the epoch, by the rank's clock; for people.
     """

@@ -116,7 +116,7 @@ class Measured:
     """What stopping a run takes, as it was measured in it.
 
     Attributes:
-        micro_s: Longest micro-batch of a rank's last step, in seconds.
+        micro_s: Longest micro-batch, in seconds.
         save_s: Longest save, from its begin to its commit, in seconds.
     """
 

@@ -28,8 +28,8 @@ def status_text(run: RunDir, spec: RunSpec, now: Standing) -> str:
         spent = sum(_seconds(row) for row in now.attempts) * gpus / 3600
         kept = sum(row.step_s for row in now.attempts) * gpus / 3600
         lines.append(
-            f"  {spent:.2f} {unit}-hours, {kept:.2f} of them in steps that the run has "
-            f"({now.goodput or 0:.0%})"
+            f"  {spent:.2f} {unit}-hours: {kept:.2f} in steps that the run has "
+            f"({now.goodput or 0:.0%}), {spent - kept:.2f} in starts, saves and lost steps"
         )
         lines += ["", *_table(_attempt_cells(now.attempts))]
     return "\n".join(lines)

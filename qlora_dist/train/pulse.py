@@ -30,6 +30,7 @@ class Pulse:
     def __init__(self) -> None:
         self._count, self._stage, self._waits = 0, "start", False
         self._step, self._micro_s, self._save_s = 0, 0.0, 0.0
+        self._warm = False
         # Seconds between two beats.
         self.every_s = _EVERY_S
 
@@ -60,10 +61,15 @@ class Pulse:
             self._waits = False
             self._count += 1
 
-    def took(self, *, micro_s: float | None = None, save_s: float | None = None) -> None:
-        """Keep what was measured; of the saves the longest."""
-        self._micro_s = self._micro_s if micro_s is None else micro_s
-        self._save_s = max(self._save_s, save_s or 0.0)
+    def took(self, *, micro_s: float = 0.0, save_s: float = 0.0) -> None:
+        """Keep the longest of what was measured.
+
+        The first step's micro-batches do not count: they compile, and take the memory.
+        """
+        if micro_s and not self._warm:
+            self._warm = True
+            return
+        self._micro_s, self._save_s = max(self._micro_s, micro_s), max(self._save_s, save_s)
 
     def _write(self, fd: int) -> None:
         beat = Beat(

@@ -41,8 +41,10 @@ def wait_for(condition):
 def test_a_beat_says_where_a_rank_is(run, pulse):
     one = pulse(1)
     one.at("training", 7)
-    one.took(micro_s=0.25, save_s=2.0)
-    one.took(save_s=1.0)
+    for micro_s in (9.0, 0.25, 0.125):
+        one.took(micro_s=micro_s)
+    for save_s in (2.0, 1.0):
+        one.took(save_s=save_s)
     with one.waiting():
         beat = wait_for(lambda: (b := read_beats(run, 0)[1]).waits and b)
     assert (beat.stage, beat.step, beat.micro_s, beat.save_s) == ("training", 7, 0.25, 2.0)
@@ -79,7 +81,9 @@ def test_who_is_waited_for_is_named(run, pulse):
 
 def test_the_newest_attempt_that_saved_tells_what_a_save_takes(run, pulse):
     assert measured(run) is None
-    pulse(0).took(micro_s=0.5, save_s=3.0)
+    first = pulse(0)
+    first.took(micro_s=9.0)
+    first.took(micro_s=0.5, save_s=3.0)
     assert wait_for(lambda: measured(run)) == Measured(0.5, 3.0)
     pulse(0, attempt=1).took(micro_s=0.1)
     time.sleep(0.1)
@@ -89,6 +93,7 @@ def test_the_newest_attempt_that_saved_tells_what_a_save_takes(run, pulse):
 def test_a_beat_always_fits_its_place(run, pulse):
     one = pulse(0)
     one.at("joining the other processes", 2**40)
-    one.took(micro_s=123456.123456789, save_s=123456.123456789)
+    for _ in range(2):
+        one.took(micro_s=123456.123456789, save_s=123456.123456789)
     wait_for(lambda: read_beats(run, 0)[0].step == 2**40)
     assert (run.beats(0) / "00000.json").stat().st_size == 256
