@@ -1,6 +1,7 @@
 """Runs as Slurm jobs: handing a batch script to sbatch through submitit, once."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -126,8 +127,9 @@ class SlurmBackend:
         if unused := sorted(name for name in os.environ if name.startswith("SBATCH_")):
             say(f"not used: {', '.join(unused)}; a profile says what sbatch is told")
         try:
-            # Not submit(): the job is ours, and nothing of it is pickled.
-            with _environment(env):
+            # Not submit(): the job is ours, and nothing of it is pickled. What sbatch says is in
+            # the error, and submitit prints it once more.
+            with _environment(env), contextlib.redirect_stderr(io.StringIO()):
                 return str(executor._submit_command(command(job)).job_id)
         except FailedJobError as error:
             # sbatch may give up waiting for an answer to a job that was taken.

@@ -181,6 +181,18 @@ def test_what_slurm_refuses_is_one_message(slurm, testbed, site, message):
     assert testbed.run("squeue", "--noheader") == ""
 
 
+def test_a_partition_that_takes_no_jobs_is_one_message_and_nothing_is_left(slurm, testbed):
+    testbed.run("scontrol", "update", "PartitionName=low", "State=DRAIN")
+    try:
+        run, done = slurm(code=2)
+    finally:
+        testbed.run("scontrol", "update", "PartitionName=low", "State=UP")
+    assert done.stderr.count("Required partition not available") == 1
+    assert "qlora: sbatch refused the job: " in done.stderr
+    assert testbed.run("squeue", "--noheader") == ""
+    assert state(run) == "new"
+
+
 def test_no_slurm_here(slurm, tmp_path, tiny_model, pairs_file, monkeypatch):
     config = write_config(tmp_path, tiny_model, pairs_file, "x", {})
     done = run_qlora(tmp_path, "submit", config, code=2, env={"PATH": "/nowhere"})
