@@ -179,12 +179,25 @@ def open_run(path: str | Path) -> tuple[RunDir, RunSpec]:
             f"{run.root} is a file, not a run directory; a config is started with: qlora run CONFIG"
         ) from None
     except FileNotFoundError:
+        if sweep_runs(run.root):
+            raise RunDirError(
+                f"{run.root} is a sweep; see its runs with: qlora list {run.root}"
+            ) from None
         raise RunDirError(
             f"{run.root} is no run directory: it has no run.json. Start one with: qlora run CONFIG"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, SpecError) as error:
         raise RunDirError(f"{run.run_json} cannot be read: {error}") from error
     return run, spec
+
+
+def sweep_runs(folder: Path) -> list[str]:
+    """Names of a sweep's runs, in the order of its array; empty for a folder that is none."""
+    try:
+        tree = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+        return [str(name) for name in tree["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def run_dir_of(spec: RunSpec) -> Path:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_dist.errors import QLoRAError
-from qlora_dist.layout import SWEEP
+from qlora_dist.layout import sweep_runs
 from qlora_dist.process import Process
 
 # A controller that is busy answers within seconds; one that is gone never does.
@@ -239,9 +239,5 @@ def _is_of(run_dir: Path, job: str, said: str) -> bool:
     _, _, element = job.partition("_")
     if said != comment_of(run_dir.parent) or not element.isdigit():
         return False
-    try:
-        tree = json.loads((run_dir.parent / SWEEP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    runs = tree["runs"]
+    runs = sweep_runs(run_dir.parent)
     return int(element) < len(runs) and runs[int(element)] == run_dir.name

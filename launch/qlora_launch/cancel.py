@@ -2,14 +2,33 @@
 
 import os
 import signal
+from pathlib import Path
 
 from qlora_dist.control import ask_to_stop
 from qlora_dist.errors import UserError
-from qlora_dist.layout import RunDir, newest_attempt
+from qlora_dist.layout import RunDir, newest_attempt, open_run, sweep_runs
 from qlora_dist.ledger import standing
 from qlora_dist.process import Process
 from qlora_dist.scheduler import live_jobs, read_owner, run_command
 from qlora_dist.spec import RunSpec
+
+
+def cancel_sweep(folder: Path) -> list[str]:
+    """Cancel every run of a sweep that runs or waits.
+
+    Returns:
+        What was done with each, for a person; empty for a folder that is no sweep.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    lines = []
+    for name in sweep_runs(folder):
+        run, spec = open_run(folder / name)
+        now = standing(run, spec)
+        live = now.state in ("running", "queued")
+        lines.append(f"{name}: {cancel(run, spec) if live else now.state}")
+    return lines
 
 
 def cancel(run: RunDir, spec: RunSpec) -> str:

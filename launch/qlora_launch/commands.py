@@ -175,10 +175,11 @@ def logs_command(args: argparse.Namespace) -> int:
 def cancel_command(args: argparse.Namespace) -> int:
     """Have a run save and end for good."""
     from qlora_dist.layout import open_run
-    from qlora_launch.cancel import cancel
+    from qlora_launch.cancel import cancel, cancel_sweep
 
-    run, spec = open_run(args.run)
-    say(cancel(run, spec))
+    done = cancel_sweep(Path(args.run)) or [cancel(*open_run(args.run))]
+    for line in done:
+        say(line)
     return 0
 
 
