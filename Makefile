@@ -84,7 +84,7 @@ gpu-test:
 	$(PYTHON) tools/need.py gpu-test
 	$(PYTHON) -m pytest tests/gpu
 
-# Every fault in every pair of settings, about an hour; ARGS="--only preempted --settings 2".
+# Every fault in every pair of settings, about an hour; ARGS="--only preempted --settings 1 2".
 slurm-faults: $(READY)
 	$(PYTHON) bench/slurm_faults.py $(ARGS)
 

@@ -383,13 +383,18 @@ def main() -> int:
     parser.add_argument(
         "--only", default=[""], nargs="+", help="faults whose names hold one of these"
     )
-    parser.add_argument("--settings", type=int, metavar="N", help="only the first N settings")
+    parser.add_argument(
+        "--settings", type=int, nargs="+", metavar="N", help="only these, counted from 1"
+    )
     args = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     begin, results = time.monotonic(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number, row in enumerate(covering_array()[: args.settings]):
+        for number, row in enumerate(covering_array(), start=1):
+            if args.settings is not None and number not in args.settings:
+                continue
+            print(f"{number}: ", end="")
             print(", ".join(f"{key}={value}" for key, value in row.items()))
             head = f"{'fault':<30}  attempts  code       next  lost   ended   again  back"
             print(head, flush=True)
