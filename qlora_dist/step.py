@@ -22,6 +22,8 @@ from qlora_dist.scheduler import run_command
 _POLL_S, _LOOK_S = 0.1, 1.0
 # A rank that fails takes the others down with it within seconds, but for those that wait on a GPU.
 _STRAGGLERS_S = 45.0
+# torchrun's own end, in good order.
+_TEARDOWN_S = 15.0
 # Nodes that were asked to kill their ranks have this long, before their tasks are given up.
 _KILL_S = 60.0
 # Below those that Linux gives to outgoing connections.
@@ -52,6 +54,7 @@ class Step:
         self._watch = Watch(run, attempt, world_size=self._world_size, limit_s=command["timeout_s"])
         self._hang: RankEnd | None = None
         self._failed_at: float | None = None
+        self._ended_at: float | None = None
         self._killed_at: float | None = None
 
     def run(self) -> RankEnd:
@@ -85,7 +88,7 @@ class Step:
         return [RankEnd(missing[0], ends.FAILED, why, 0, time.time())]
 
     def _look(self, process: "subprocess.Popen[bytes]") -> None:
-        """Find ranks that hang, or that others have left behind, and have them killed."""
+        """Find what hangs, or what others have left behind, and have it killed."""
         now = time.monotonic()
         if self._killed_at is not None:
             if now - self._killed_at > _KILL_S:
@@ -96,13 +99,17 @@ class Step:
             self._kill(why)
             return
         folder = self._run.attempt(self._attempt) / "ranks"
-        failed = [end for end in ends.read_said_ends(folder) if end.code not in ends.AGREED]
-        if not failed:
-            return
-        self._failed_at = self._failed_at or now
-        bad_node = worst(failed).code == ends.BAD_NODE
-        if bad_node or now - self._failed_at > _STRAGGLERS_S:
-            self._kill(f"rank {failed[0].rank} has ended, and the others cannot go on without it")
+        said = ends.read_said_ends(folder)
+        failed = [end for end in said if end.code not in ends.AGREED]
+        if len(said) == self._world_size:
+            # torchrun waits minutes for an agent of another node that is no more.
+            self._ended_at = self._ended_at or now
+            if now - self._ended_at > _TEARDOWN_S:
+                self._kill("every rank has ended, and torchrun has not")
+        elif failed:
+            self._failed_at = self._failed_at or now
+            if worst(failed).code == ends.BAD_NODE or now - self._failed_at > _STRAGGLERS_S:
+                self._kill(f"rank {failed[0].rank} has ended, and others cannot go on without it")
 
     def _kill(self, why: str) -> None:
         self._killed_at = time.monotonic()
