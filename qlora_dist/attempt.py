@@ -5,8 +5,12 @@ and start time tell) or its job is over (the scheduler tells), together with eve
 attempt; never by age.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +20,16 @@ from typing import Any
 
 from qlora_dist.checkpoints import newest_step
 from qlora_dist.code_tree import recorded
-from qlora_dist.errors import RunDirError
+from qlora_dist.errors import QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_json
 from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.process import Process
 from qlora_dist.ranks import live_ranks
 from qlora_dist.scheduler import SlurmJob
 
-# Ranks whose launcher was killed notice at once, save and go; this is how long a successor waits.
-ORPHAN_WAIT_S = 60.0
+# Ranks whose launcher was killed notice at once, save and go; those that hang end a little later
+# (qlora_dist.train.pulse). This is how long a successor waits before it kills them.
+ORPHAN_WAIT_S = 150.0
 
 
 @contextmanager
@@ -77,7 +82,13 @@ def _exclusive(run: RunDir) -> Iterator[None]:
     """Look at owner.json and change it without another launcher in between."""
     run.control.mkdir(mode=0o700, exist_ok=True)
     with (run.control / "owner.lock").open("w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some shared file systems have no locks; then two launchers that start at the same
+            # moment are not told apart.
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
         yield
 
 
@@ -114,11 +125,15 @@ def _wait_for_orphans(run: RunDir) -> None:
     number = newest_attempt(run)
     deadline = time.monotonic() + ORPHAN_WAIT_S
     while number is not None and (alive := live_ranks(run, number)):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline + ORPHAN_WAIT_S:
             pids = ", ".join(str(process.pid) for process in alive)
-            raise RunDirError(
-                f"{run.root}: processes of its last attempt still run on this machine: {pids}"
+            raise QLoRAError(
+                f"{run.root}: processes of its last attempt cannot be killed here: {pids}"
             )
+        if time.monotonic() > deadline:
+            for process in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.1)
 
 

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from qlora_dist import ends
 from qlora_dist.attempt import note, own
 from qlora_dist.beats import Watch
-from qlora_dist.checkpoints import newest_step
+from qlora_dist.checkpoints import newest_step, storage_message
 from qlora_dist.code_tree import check_code
 from qlora_dist.control import ask_to_stop
 from qlora_dist.deadline import Deadline
@@ -27,11 +28,12 @@ from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress, last_step
 from qlora_dist.process_env import pass_env
-from qlora_dist.requeue import Decision, decide
+from qlora_dist.requeue import Decision, Next, decide, given_up
 from qlora_dist.scheduler import (
     JobView,
     SchedulerError,
     SlurmJob,
+    ends_the_preempted,
     requeue,
     run_command,
     show_job,
@@ -40,6 +42,10 @@ from qlora_dist.scheduler import (
 from qlora_dist.step import Step
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Between tries where storage or Slurm do not answer: about ten minutes in all.
+_WAITS_S = (1, 2, 5, 10, 30, 60, 120, 180, 180)
+# How an attempt ended, and what follows.
+_Outcome = tuple[RankEnd, Decision]
 
 
 def main(lead_s: str, run_path: str) -> int:
@@ -50,47 +56,101 @@ def main(lead_s: str, run_path: str) -> int:
         run_path: The run directory.
     """
     run, job = RunDir(Path(run_path)), SlurmJob.this()
-    stops = _Stops(Deadline(job.job, float(lead_s)))
+    stops = _Stops(run, Deadline(job.job, float(lead_s)))
     try:
-        with own(run, job) as attempt:
-            note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
-            stops.watch(run, attempt)
-            end = _run(run, attempt, stops)
-            view = _ask(job)
-            end = stops.named(end, view)
-            # A step may be committed after its last rank has said how it ended.
-            step = newest_step(run.checkpoints)
-            decision = decide(
-                end,
-                job,
-                view,
-                idle=[end.code, *codes_without_progress(run, step)],
-                cancelled=run.cancel_file.exists(),
-            )
-            if end.code == ends.BAD_NODE and end.node:
-                decision = replace(decision, exclude=sorted({*bad_nodes(run), end.node}))
-            note(
-                run,
-                attempt,
-                ended_at=time.time(),
-                end=asdict(end),
-                last_step=last_step(run, attempt),
-                committed_step=step,
-                signals=stops.received,
-                next=decision.following,
-                why=decision.why,
-            )
+        end, decision = _patiently(lambda: _own_and_run(run, job, stops))
     except QLoRAError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    sys.stdout.write(
-        f"attempt {attempt}: {end.cause}; next: {decision.following}, {decision.why}\n"
-    )
+    sys.stdout.write(f"{end.cause}; next: {decision.following}, {decision.why}\n")
     sys.stdout.flush()
     # From here on a signal has nothing left to stop.
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
     return _follow(run, job, decision, end.code)
+
+
+def _patiently(begin: Callable[[], _Outcome]) -> _Outcome:
+    """Begin, and begin again for a while where storage or Slurm do not answer at once.
+
+    Raises:
+        QLoRAError: They do not answer at all, or the run cannot be had.
+    """
+    for wait_s in (*_WAITS_S, None):
+        try:
+            return begin()
+        except (OSError, SchedulerError) as error:
+            sys.stderr.write(f"{error}\n")
+            if wait_s is None:
+                raise QLoRAError(f"given up: {error}") from error
+            time.sleep(wait_s)
+    raise AssertionError
+
+
+def _own_and_run(run: RunDir, job: SlurmJob, stops: "_Stops") -> _Outcome:
+    with own(run, job) as attempt:
+        step = newest_step(run.checkpoints)
+        idle = codes_without_progress(run, step)
+        if run.cancel_file.exists():
+            return _note(
+                run, attempt, _not_run(step, "cancelled"), Decision("nothing", "cancelled")
+            )
+        if why := given_up(idle):
+            return _note(run, attempt, _not_run(step, why), Decision("nothing", why))
+        stops.watch(attempt)
+        end = _run(run, attempt, stops)
+        view = _ask(job)
+        end = stops.named(end, view)
+        # A step may be committed after its last rank has said how it ended.
+        step = newest_step(run.checkpoints)
+        decision = decide(
+            end,
+            job,
+            view,
+            idle=[end.code, *codes_without_progress(run, step)],
+            cancelled=run.cancel_file.exists(),
+        )
+        if end.code == ends.BAD_NODE and end.node:
+            decision = replace(decision, exclude=_to_exclude(run, end.node, view))
+        return _note(run, attempt, end, decision, signals=stops.received)
+
+
+def _not_run(step: int, why: str) -> RankEnd:
+    return RankEnd(0, ends.PREEMPTED, f"not begun: {why}", step, time.time())
+
+
+def _note(
+    run: RunDir, attempt: int, end: RankEnd, decision: Decision, *, signals: Sequence[str] = ()
+) -> _Outcome:
+    """Write down what an attempt was; a disk that refuses it changes nothing of what follows."""
+    try:
+        note(
+            run,
+            attempt,
+            ended_at=time.time(),
+            end=asdict(end),
+            last_step=last_step(run, attempt),
+            committed_step=newest_step(run.checkpoints),
+            signals=list(signals),
+            next=decision.following,
+            why=decision.why,
+        )
+    except OSError as error:
+        sys.stderr.write(f"{storage_message(error, run.attempt(attempt))}\n")
+    return end, decision
+
+
+def _to_exclude(run: RunDir, node: str, view: JobView | None) -> list[str]:
+    """What the job leaves out already, and bad nodes, as long as enough others are left."""
+    before = view.excluded if view is not None else ""
+    bad = sorted({*bad_nodes(run), node})
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    shown = run_command("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N")
+    left = set(shown.stdout.split()) - set(bad)
+    if len(left) < int(os.environ["SLURM_JOB_NUM_NODES"]):
+        sys.stderr.write(f"too few nodes would be left without {', '.join(bad)}: not left out\n")
+        return []
+    return [before, *bad] if before else bad
 
 
 def _run(run: RunDir, attempt: int, stops: "_Stops") -> RankEnd:
@@ -103,26 +163,31 @@ def _run(run: RunDir, attempt: int, stops: "_Stops") -> RankEnd:
 
 
 class _Stops:
-    """Signals to the batch process, and its own clock; each asks the ranks to save and end."""
+    """Signals to the batch process, `qlora cancel`, and the job's clock: each asks for a stop."""
 
-    def __init__(self, deadline: Deadline) -> None:
+    def __init__(self, run: RunDir, deadline: Deadline) -> None:
         self.received: list[str] = []
-        self._deadline = deadline
-        self._target: tuple[RunDir, int] | None = None
+        self._run, self._deadline = run, deadline
+        self._attempt: int | None = None
         for number in _STOPS:
             signal.signal(number, self._on_signal)
         deadline.update()
 
-    def watch(self, run: RunDir, attempt: int) -> None:
+    def watch(self, attempt: int) -> None:
         """Say which attempt is to be asked."""
-        self._target = run, attempt
+        self._attempt = attempt
         if self.received:
             self._ask()
 
     def tick(self, watch: Watch) -> None:
-        """Look at the clock."""
+        """Look at the clock, and at what a user wants."""
         self._deadline.update()
-        if not self.received and self._deadline.due(watch.beats):
+        if self.received:
+            return
+        if self._run.cancel_file.exists():
+            self.received.append("cancel")
+            self._ask()
+        elif self._deadline.due(watch.beats):
             self.received.append("the job's time is nearly over")
             self._ask(ends.TIME_LIMIT)
 
@@ -140,31 +205,51 @@ class _Stops:
         self._ask(ends.TIME_LIMIT if warning else ends.PREEMPTED)
 
     def _ask(self, code: int = ends.PREEMPTED) -> None:
-        if self._target is not None:
-            ask_to_stop(*self._target, code)
+        if self._attempt is not None:
+            ask_to_stop(self._run, self._attempt, code)
 
 
 def _ask(job: SlurmJob) -> JobView | None:
     try:
-        return show_job(job.job)
+        view = show_job(job.job)
+        if view is not None and view.preempted and not ends_the_preempted(view.partition):
+            # Where the preempted are requeued, Slurm has done so by now, or somebody said scancel.
+            view = replace(view, preempted=False)
     except SchedulerError as error:
         sys.stderr.write(f"{error}\n")
         return None
+    return view
 
 
 def _follow(run: RunDir, job: SlurmJob, decision: Decision, code: int) -> int:
-    following = decision.following
-    if following == "requeue":
+    """Carry a decision out; a Slurm that does not answer is asked again for some minutes."""
+    following: Next | None = decision.following
+    for wait_s in (*_WAITS_S, None):
+        if following not in ("requeue", "new job") or run.cancel_file.exists():
+            return code
         try:
-            requeue(job.job)
+            if following == "requeue":
+                requeue(job.job)
+                _change(job, decision)
+            else:
+                _submit_again(run, job, decision)
+            return code
         except SchedulerError as error:
-            sys.stderr.write(f"{error}; submitting a new job instead\n")
-            following = "new job"
-        else:
-            _change(job, decision)
-    if following == "new job" and not _submit_again(run, job, decision):
-        return ends.FAILED
-    return code
+            sys.stderr.write(f"{error}\n")
+        following = _still(job, following)
+        if wait_s is not None:
+            time.sleep(wait_s)
+    return ends.FAILED
+
+
+def _still(job: SlurmJob, following: Next | None) -> Next | None:
+    """What is still to be done after Slurm has refused it, or did not answer in time."""
+    view = _ask(job)
+    if view is None or following != "requeue":
+        return following
+    if view.restarts != job.restart or view.state == "PENDING":
+        return None
+    return "requeue" if view.requeue else "new job"
 
 
 def _change(job: SlurmJob, decision: Decision) -> None:
@@ -181,10 +266,16 @@ def _change(job: SlurmJob, decision: Decision) -> None:
             sys.stderr.write(f"{error}\n")
 
 
-def _submit_again(run: RunDir, job: SlurmJob, decision: Decision) -> bool:
-    """Send this job's script again, to start when this job is over; whether Slurm took it."""
+def _submit_again(run: RunDir, job: SlurmJob, decision: Decision) -> None:
+    """Send this job's script again, to start when this job is over.
+
+    Raises:
+        SchedulerError: Slurm does not take it.
+    """
     script = run_command("scontrol", "write", "batch_script", job.job, "-")
-    options = [f"--dependency=afterany:{os.environ['SLURM_JOB_ID']}"]
+    if script.returncode:
+        raise SchedulerError(f"scontrol write batch_script {job.job}: {script.stderr.strip()}")
+    options = [f"--dependency=afterany:{job.job}"]
     if decision.wait_s:
         options.append(f"--begin=now+{decision.wait_s:.0f}")
     if decision.exclude:
@@ -192,7 +283,6 @@ def _submit_again(run: RunDir, job: SlurmJob, decision: Decision) -> bool:
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         # This element alone; the script speaks of all.
         options.append(f"--array={os.environ['SLURM_ARRAY_TASK_ID']}")
-        options[0] = f"--dependency=afterany:{job.job}"
     done = subprocess.run(
         ["sbatch", "--parsable", *options],
         input=script.stdout,
@@ -200,7 +290,8 @@ def _submit_again(run: RunDir, job: SlurmJob, decision: Decision) -> bool:
         text=True,
         check=False,
     )
-    return done.returncode == 0
+    if done.returncode:
+        raise SchedulerError("sbatch refused the job")
 
 
 if __name__ == "__main__":

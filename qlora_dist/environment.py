@@ -32,6 +32,8 @@ ALLOWED = (
     # The scheduler, and our own.
     *("SLURM_*", "SLURMD_*", "QLORA_*"),
 )
+# What a client of Slurm reads, inside a job and outside.
+_OF_CLIENTS = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 REDACTED = "<redacted>"
 
 _SECRET_NAME = re.compile(
@@ -71,7 +73,12 @@ def for_sbatch(env: Mapping[str, str], also: Collection[str] = ()) -> dict[str, 
     users speak to Slurm; training processes do not get it.
     """
     passed = allowed(env, (*also, "SLURM_JWT"))
-    return {name: value for name, value in passed.items() if not name.startswith("SBATCH_")}
+    return {
+        name: value
+        for name, value in passed.items()
+        # Another job's own variables would come through to this one: its array, its restarts.
+        if not name.startswith(("SBATCH_", "SLURM")) or name in _OF_CLIENTS
+    }
 
 
 def redacted(env: Mapping[str, str]) -> dict[str, str]:

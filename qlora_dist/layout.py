@@ -149,6 +149,11 @@ class RunDir:
         return self.control / "submitted.json"
 
     @property
+    def element_json(self) -> Path:
+        """Which element of which sweep the run was last submitted as."""
+        return self.control / "element.json"
+
+    @property
     def cancel_file(self) -> Path:
         """There when the run is not to be started again by itself."""
         return self.control / "cancel"

@@ -15,6 +15,11 @@ from qlora_dist.process import Process
 from qlora_dist.scheduler import Queue, SchedulerError, SlurmJob, show_job
 from qlora_dist.spec import RunSpec
 
+# squeue(1), REASON CODES: those that no waiting mends.
+_NEVER = frozenset(
+    {"PartitionTimeLimit", "PartitionNodeLimit", "DependencyNeverSatisfied", "BadConstraints"}
+)
+
 
 @dataclass(frozen=True)
 class AttemptRow:
@@ -58,7 +63,7 @@ class Standing:
     """Where a run stands.
 
     Attributes:
-        state: "new", "queued", "running", "stopped", "failed" or "done".
+        state: "new", "queued", "running", "stopped", "failed", "done" or "unknown".
         detail: One line for a person.
         step: Last committed step.
         attempts: In their order.
@@ -93,20 +98,22 @@ def last_step(run: RunDir, attempt: int) -> int:
 
 
 def codes_without_progress(run: RunDir, step: int) -> list[int]:
-    """How the attempts that have ended did so, newest first, since ``step`` was committed."""
+    """How the attempts before the newest ended, newest first, since ``step`` was committed.
+
+    One that was killed before it could say so counts as preempted, which is what most are.
+    """
     codes = []
-    for folder in sorted(run.attempts.iterdir(), reverse=True):
+    for folder in _folders(run)[-2::-1]:
         tree = _read(folder / "attempt.json")
-        if "end" in tree:
-            if tree["committed_step"] != step:
-                break
-            codes.append(int(tree["end"]["code"]))
+        if tree.get("began_after") != step:
+            break
+        codes.append(int(tree["end"]["code"]) if "end" in tree else ends.PREEMPTED)
     return codes
 
 
 def bad_nodes(run: RunDir) -> set[str]:
     """Nodes on which attempts ended that they could not begin."""
-    trees = (_read(folder / "attempt.json") for folder in run.attempts.iterdir())
+    trees = (_read(folder / "attempt.json") for folder in _folders(run))
     found = [tree["end"] for tree in trees if "end" in tree]
     return {end["node"] for end in found if end["code"] == ends.BAD_NODE and end.get("node")}
 
@@ -151,19 +158,12 @@ def standing(run: RunDir, spec: RunSpec, queue: Queue | None = None) -> Standing
 def _state(
     run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...], queue: Queue | None
 ) -> tuple[str, str]:
-    owner = _read(run.owner_json)
     try:
-        if owner and "job" in owner:
-            if not SlurmJob(**owner).is_gone():
-                return "running", f"job {owner['job']}"
-        elif owner and Process(**owner).is_gone() is False:
-            return "running", f"process {owner['pid']} on {owner['host']}"
-        if spec.resources.backend == "slurm":
-            jobs = (queue or Queue.read()).jobs_of(run.root)
-            if jobs:
-                return "queued", _waits(jobs[0])
+        live = _owned(run) or _queued(run, spec, queue)
     except SchedulerError as error:
         return "unknown", str(error)
+    if live:
+        return live
     if not rows:
         return "new", "never started"
     last = rows[-1]
@@ -173,11 +173,36 @@ def _state(
     return states.get(last.code, "failed"), last.cause
 
 
+def _owned(run: RunDir) -> tuple[str, str] | None:
+    """Whether a launcher has the run now."""
+    owner = _read(run.owner_json)
+    if "job" in owner:
+        return None if SlurmJob(**owner).is_gone() else ("running", f"job {owner['job']}")
+    if not owner:
+        return None
+    gone, where = Process(**owner).is_gone(), f"process {owner['pid']} on {owner['host']}"
+    if gone is None:
+        return "unknown", f"{where}, which cannot be seen from here"
+    return None if gone else ("running", where)
+
+
+def _queued(run: RunDir, spec: RunSpec, queue: Queue | None) -> tuple[str, str] | None:
+    """Whether it waits in Slurm's queue."""
+    if spec.resources.backend != "slurm":
+        return None
+    jobs = (queue or Queue.read()).jobs_of(run.root)
+    return ("queued", _waits(jobs[0])) if jobs else None
+
+
 def _waits(job: str) -> str:
     view = show_job(job)
     if view is None:
         return f"job {job}"
+    if view.state in ("RUNNING", "CONFIGURING", "COMPLETING"):
+        return f"job {job} {'ends' if view.state == 'COMPLETING' else 'starts'}"
     text = f"job {job}, {view.state} ({view.reason})"
+    if view.reason in _NEVER:
+        return f"{text}: it will never start; qlora cancel it, and submit it with other resources"
     if view.start_time and view.start_time > time.time():
         when = time.strftime("%m-%d %H:%M", time.localtime(view.start_time))
         text += f", Slurm expects it to start at {when}"
@@ -186,8 +211,8 @@ def _waits(job: str) -> str:
 
 def _attempts(run: RunDir) -> Iterator[AttemptRow]:
     records = list(_train_records(run))
-    folders = sorted(run.attempts.iterdir()) if run.attempts.is_dir() else []
-    for folder in folders:
+    folders = _folders(run)
+    for place, folder in enumerate(folders):
         tree = _read(folder / "attempt.json")
         if not tree:
             continue
@@ -206,7 +231,7 @@ def _attempts(run: RunDir) -> Iterator[AttemptRow]:
             where=where,
             nodes=tree.get("nodes", ""),
             started_at=tree["started_at"],
-            ended_at=tree.get("ended_at"),
+            ended_at=tree.get("ended_at") or _silent_end(run, folders, place),
             began_after=began,
             last_step=max(began, tree.get("last_step", kept[-1]["step"] if kept else 0)),
             kept_steps=len(kept),
@@ -215,6 +240,24 @@ def _attempts(run: RunDir) -> Iterator[AttemptRow]:
             cause=end.get("cause", ""),
             following=tree.get("next", ""),
         )
+
+
+def _silent_end(run: RunDir, folders: list[Path], place: int) -> float | None:
+    """When an attempt that does not say was last heard of; None while it may run."""
+    if place + 1 == len(folders) and run.owner_json.exists():
+        return None
+    beats = read_beats(run, int(folders[place].name)).values()
+    began = (folders[place] / "attempt.json").stat().st_mtime
+    return max((beat.time for beat in beats), default=began)
+
+
+def _folders(run: RunDir) -> list[Path]:
+    """Folders of the attempts, in their order."""
+    if not run.attempts.is_dir():
+        return []
+    return sorted(
+        (p for p in run.attempts.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+    )
 
 
 def _train_records(run: RunDir) -> Iterator[dict[str, Any]]:

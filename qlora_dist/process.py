@@ -52,4 +52,13 @@ def start_ticks(pid: int) -> int | None:
 
 def die_with_parent() -> None:
     """Ask the kernel for a SIGTERM when the parent process ends (prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _at_parents_death(signal.SIGTERM)
+
+
+def be_killed_with_parent() -> None:
+    """The same with SIGKILL, for a program that ignores SIGTERM."""
+    _at_parents_death(signal.SIGKILL)
+
+
+def _at_parents_death(number: signal.Signals) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -34,10 +34,9 @@ def live_ranks(run: RunDir, attempt: int, ranks: Iterable[int] | None = None) ->
         attempt: Number of the attempt.
         ranks: Global ranks to look at; None for all.
     """
-    wanted = None if ranks is None else set(ranks)
     alive = []
-    for rank, tree in _files(run, attempt):
-        if "process" in tree and (wanted is None or rank in wanted):
+    for _, tree in _files(run, attempt, ranks):
+        if "process" in tree:
             process = Process(**tree["process"])
             if process.is_gone() is False:
                 alive.append(process)
@@ -65,15 +64,20 @@ def dump_and_kill(run: RunDir, attempt: int, ranks: Iterable[int]) -> None:
 
 def mark_silent(run: RunDir, attempt: int, ranks: Iterable[int], *, node: str = "") -> None:
     """Say for ranks that have ended without a word that they have."""
-    said = {rank for rank, tree in _files(run, attempt) if "code" in tree}
+    ranks = list(ranks)
+    said = {rank for rank, tree in _files(run, attempt, ranks) if "code" in tree}
     for rank in ranks:
         if rank not in said:
             with contextlib.suppress(OSError):
                 write_silent_end(run.rank_file(attempt, rank), rank=rank, node=node)
 
 
-def _files(run: RunDir, attempt: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    for path in (run.attempt(attempt) / "ranks").glob("*.json"):
+def _files(
+    run: RunDir, attempt: int, ranks: Iterable[int] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    folder = run.attempt(attempt) / "ranks"
+    paths = folder.glob("*.json") if ranks is None else (run.rank_file(attempt, r) for r in ranks)
+    for path in paths:
         with contextlib.suppress(OSError, ValueError):
             tree = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(tree, dict):

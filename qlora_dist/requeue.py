@@ -1,5 +1,6 @@
 """What follows an attempt of a job: the one rule by which a run goes back into the queue."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,8 +16,8 @@ Next = Literal["nothing", "requeue", "requeued", "new job"]
 # before the run is given up. A run that is stopped before its first step each time would otherwise
 # go through the queue for ever.
 BUDGETS = {
-    ends.FAILED: 3,
-    ends.HANG: 3,
+    ends.FAILED: 6,
+    ends.HANG: 4,
     ends.BAD_NODE: 4,
     ends.TIME_LIMIT: 2,
     ends.PREEMPTED: 10,
@@ -28,8 +29,9 @@ _NAMES = {
     ends.TIME_LIMIT: "came to the time limit",
     ends.PREEMPTED: "were preempted",
 }
-# A second failure in a row waits so long, the third twice as long: a file system may come back.
-_BACK_OFF_S = 60.0
+# After the second failure in a row the job waits so long, then four times as long each time: a file
+# system may come back.
+_BACK_OFF_S, _LONGEST_S = 60.0, 1800.0
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,38 @@ def decide(
     """
     if end.code in (ends.DONE, ends.USER_ERROR, ends.NEVER_RESTART):
         return Decision("nothing", "a restart would change nothing")
+    if cancelled:
+        # An execution that Slurm has started by itself finds the same, and ends.
+        return Decision("nothing", "it was cancelled")
     if view is not None and view.restarts != job.restart:
         return Decision("requeued", "Slurm has requeued it already")
-    if cancelled or (view is not None and _was_cancelled(view)):
+    if view is not None and _was_cancelled(view):
         return Decision("nothing", "it was cancelled")
+    if why := given_up(idle):
+        return Decision("nothing", why)
     cause = end.code if end.code in BUDGETS else ends.FAILED
-    count = sum((code if code in BUDGETS else ends.FAILED) == cause for code in idle)
-    if count >= BUDGETS[cause]:
-        return Decision(
-            "nothing", f"{count} attempts {_NAMES[cause]} and no step was committed since the first"
-        )
-    wait_s = 0.0
+    count, wait_s = _counts(idle)[cause], 0.0
     if cause in (ends.FAILED, ends.HANG) and count > 1:
-        wait_s = _BACK_OFF_S * 2 ** (count - 2)
+        wait_s = min(_LONGEST_S, _BACK_OFF_S * 4 ** (count - 2))
     if view is not None and not view.requeue:
         return Decision("new job", "this job may not be requeued", wait_s)
     return Decision("requeue", "it goes on from its last committed step", wait_s)
+
+
+def given_up(idle: Sequence[int]) -> str:
+    """Why a run is not to be tried again; empty while it is.
+
+    Args:
+        idle: Codes of the attempts in a row since a step was last committed.
+    """
+    for cause, count in _counts(idle).items():
+        if count >= BUDGETS[cause]:
+            return f"{count} attempts {_NAMES[cause]} and no step was committed since the first"
+    return ""
+
+
+def _counts(idle: Sequence[int]) -> Counter[int]:
+    return Counter(code if code in BUDGETS else ends.FAILED for code in idle)
 
 
 def _was_cancelled(view: JobView) -> bool:

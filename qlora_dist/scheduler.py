@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_dist.errors import QLoRAError
-from qlora_dist.layout import sweep_runs
+from qlora_dist.errors import QLoRAError, RunDirError
+from qlora_dist.layout import RunDir
 from qlora_dist.process import Process
 
 # A controller that is busy answers within seconds; one that is gone never does.
 _TIMEOUT_S = 30.0
+# A user's own: another format, other jobs, other times.
+_TASTES = ("SQUEUE_", "SINFO_", "SACCT_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
 # squeue(1), JOB STATE CODES: those in which a job may still run, or run again.
 _LIVE = frozenset(
     {
@@ -71,6 +73,8 @@ class JobView:
             does not say.
         end_time: When its time is over; None if it has no limit, or has not started.
         preempted: Whether this execution has been told to make room.
+        excluded: Nodes that it leaves out, as Slurm writes them.
+        partition: Where it is, or waits.
     """
 
     state: str
@@ -81,6 +85,8 @@ class JobView:
     start_time: float | None = None
     end_time: float | None = None
     preempted: bool = False
+    excluded: str = ""
+    partition: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -114,7 +120,7 @@ def show_job(job: str) -> JobView | None:
         return parse_job(done.stdout)
     if "Invalid job id" in done.stderr:
         return None
-    raise SchedulerError(f"scontrol show job {job}: {done.stderr.strip()}")
+    raise SchedulerError(_unanswered(f"scontrol show job {job}", done.stderr))
 
 
 def parse_job(text: str) -> JobView:
@@ -137,6 +143,8 @@ def parse_job(text: str) -> JobView:
             # It stays after a requeue.
             preempted=(_time(fields.get("PreemptTime", "")) or 0.0)
             >= (_time(fields.get("StartTime", "")) or float("inf")),
+            excluded=fields.get("ExcNodeList", "").replace("(null)", ""),
+            partition=fields.get("Partition", ""),
         )
     except (KeyError, ValueError) as error:
         raise SchedulerError(f"scontrol's answer lacks {error}: {text[:200]}") from None
@@ -160,12 +168,29 @@ def run_command(
     """
     try:
         return subprocess.run(
-            args, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env
+            args,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=_plain(os.environ if env is None else env),
         )
     except FileNotFoundError:
         raise SchedulerError(f"{args[0]} is not on this machine; run this where Slurm is") from None
     except subprocess.TimeoutExpired:
         raise SchedulerError(f"{args[0]} did not answer within {_TIMEOUT_S:.0f} s") from None
+
+
+def _unanswered(command: str, stderr: str) -> str:
+    """Why a question has no answer, in one line."""
+    words = re.sub(r"^\w+: (error: )?", "", (stderr.strip().splitlines() or ["no answer"])[0])
+    hint = "" if "SLURM_CONF" in os.environ else "; SLURM_CONF is not set in this shell"
+    return f"Slurm cannot be read: {command}: {words}{hint if 'config' in words else ''}"
+
+
+def _plain(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what changes how Slurm's programs print."""
+    return {name: value for name, value in env.items() if not name.startswith(_TASTES)}
 
 
 def requeue(job: str) -> None:
@@ -191,9 +216,21 @@ def update_job(job: str, **values: str) -> None:
         raise SchedulerError(f"scontrol update {job} {' '.join(words)}: {done.stderr.strip()}")
 
 
-def comment_of(run_dir: Path) -> str:
-    """What marks a job as one of a run's, in squeue."""
-    return f"qlora:{run_dir}"
+def ends_the_preempted(partition: str) -> bool:
+    """Whether a partition's jobs are ended when they are preempted, and not requeued.
+
+    Raises:
+        SchedulerError: The controller does not answer.
+    """
+    done = run_command("scontrol", "show", "partition", "--oneliner", partition)
+    if done.returncode:
+        raise SchedulerError(f"scontrol show partition {partition}: {done.stderr.strip()}")
+    return "PreemptMode=CANCEL" in done.stdout
+
+
+def comment_of(folder: Path, sweep: str = "") -> str:
+    """What marks a job as one of a run's, or of a sweep's, in squeue."""
+    return f"qlora:{folder.resolve()}" + (f"#{sweep}" if sweep else "")
 
 
 def live_jobs(run_dir: Path) -> Sequence[str]:
@@ -203,6 +240,20 @@ def live_jobs(run_dir: Path) -> Sequence[str]:
         SchedulerError: The controller does not answer.
     """
     return Queue.read().jobs_of(run_dir)
+
+
+def refuse_queued(run: RunDir) -> None:
+    """Refuse a run that was once submitted and has a job in the queue.
+
+    Raises:
+        RunDirError: It has.
+        SchedulerError: The controller does not answer.
+    """
+    if run.submitted_json.exists() and (jobs := live_jobs(run.root)):
+        raise RunDirError(
+            f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
+            f"qlora cancel {run.root}"
+        )
 
 
 @dataclass(frozen=True)
@@ -224,7 +275,7 @@ class Queue:
         """
         done = run_command("squeue", "--me", "--array", "--noheader", "--format=%i|%k")
         if done.returncode:
-            raise SchedulerError(f"squeue: {done.stderr.strip()}")
+            raise SchedulerError(_unanswered("squeue", done.stderr))
         rows = (line.strip().partition("|") for line in done.stdout.splitlines())
         return cls([(job, said) for job, _, said in rows])
 
@@ -236,8 +287,11 @@ class Queue:
 def _is_of(run_dir: Path, job: str, said: str) -> bool:
     if said == comment_of(run_dir):
         return True
-    _, _, element = job.partition("_")
-    if said != comment_of(run_dir.parent) or not element.isdigit():
+    try:
+        tree = json.loads(RunDir(run_dir).element_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    runs = sweep_runs(run_dir.parent)
-    return int(element) < len(runs) and runs[int(element)] == run_dir.name
+    # The element of the sweep that it was last submitted in.
+    return said == comment_of(run_dir.parent, tree["sweep"]) and (
+        job.partition("_")[2] == str(tree["element"])
+    )

@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from qlora_dist import ends
-from qlora_dist.beats import Watch
+from qlora_dist.beats import Beat, Watch, read_beats
 from qlora_dist.code_tree import path_env
-from qlora_dist.control import ask_to_kill
+from qlora_dist.control import ask_to_kill, stop_code
 from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import CONTAINER, RunDir
+from qlora_dist.process import die_with_parent
 from qlora_dist.scheduler import run_command
 
 _POLL_S, _LOOK_S = 0.1, 1.0
+# Files of ranks that are read each second, on storage that all share.
+_RANKS_A_S = 50
 # A rank that fails takes the others down with it within seconds, but for those that wait on a GPU.
 _STRAGGLERS_S = 45.0
 # torchrun's own end, in good order.
@@ -66,13 +69,25 @@ class Step:
             # A job that was asked to stop may be killed soon: torchrun's end is not waited for.
             if stop.exists() and ends.all_ended(ranks, world_size=self._world_size):
                 break
-            if time.monotonic() - looked > _LOOK_S:
+            if time.monotonic() - looked > max(_LOOK_S, self._world_size / _RANKS_A_S):
                 looked = time.monotonic()
                 self._look(process)
                 self._tick(self._watch)
             time.sleep(_POLL_S)
         own = [] if self._hang is None else [self._hang]
-        return worst([*read_rank_ends(ranks, world_size=self._world_size), *own, *self._unseen()])
+        said = read_rank_ends(ranks, world_size=self._world_size)
+        if stop.exists() and not self._began():
+            # A signal that comes while interpreters start ends them without a word.
+            why = "stopped before its ranks had begun"
+            return RankEnd(0, stop_code(stop), why, 0, time.time())
+        return worst([*said, *own, *self._unseen()])
+
+    def _began(self) -> bool:
+        """Whether any rank has come further than its imports, or has said how it ended."""
+        folder = self._run.attempt(self._attempt) / "ranks"
+        spoke = any(end.cause != ends.SILENT for end in ends.read_said_ends(folder))
+        beats = read_beats(self._run, self._attempt).values()
+        return spoke or any(beat.stage != Beat.stage for beat in beats)
 
     def _unseen(self) -> list[RankEnd]:
         """The end of ranks of which no node has ever said anything, if there are any."""
@@ -85,7 +100,11 @@ class Step:
             f"{len(missing)} of {self._world_size} ranks were never started, rank {missing[0]} "
             f"first: does every node see {self._run.root}? What srun said is in control/slurm-*.out"
         )
-        return [RankEnd(missing[0], ends.FAILED, why, 0, time.time())]
+        if not there:
+            return [RankEnd(missing[0], ends.FAILED, why, 0, time.time())]
+        # Where others could, it is the node's own fault.
+        node = _nodes()[missing[0] // (self._world_size // self._num_nodes)]
+        return [RankEnd(missing[0], ends.BAD_NODE, f"node {node}: {why}", 0, time.time(), node)]
 
     def _look(self, process: "subprocess.Popen[bytes]") -> None:
         """Find what hangs, or what others have left behind, and have it killed."""
@@ -129,6 +148,7 @@ class Step:
                 f"--nodes={self._num_nodes}",
                 f"--ntasks={self._num_nodes}",
                 "--ntasks-per-node=1",
+                *_cpus(),
                 # The other nodes have a save to finish, whatever one task ends with.
                 "--kill-on-bad-exit=0",
                 "--wait=0",
@@ -146,8 +166,15 @@ class Step:
             ["srun", *args],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=die_with_parent,
             env=os.environ | path_env(self._run.root, os.environ.get("PYTHONPATH")),
         )
+
+
+def _cpus() -> list[str]:
+    """The job's cores for the task, of which srun by itself would take one."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK")
+    return ["--cpu-bind=none", *([f"--cpus-per-task={cores}"] if cores else [])]
 
 
 def ranks_on_nodes(run: RunDir, attempt: int, tick: Callable[[], None]) -> RankEnd:
@@ -155,15 +182,21 @@ def ranks_on_nodes(run: RunDir, attempt: int, tick: Callable[[], None]) -> RankE
     return Step(run, attempt, tick=lambda _: tick()).run()
 
 
+def _nodes() -> list[str]:
+    """Slurm's names of the allocation's nodes, in the order of the tasks."""
+    nodes = run_command("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
+    return nodes.stdout.split()
+
+
 def _meeting_point() -> tuple[str, int]:
     """A host name and a port on the first node, on which the first rank is to listen."""
     here = socket.gethostname()
     if "SLURMD_NODENAME" not in os.environ:
         # salloc may leave its shell on the login node.
-        nodes = run_command("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
-        shown = run_command("scontrol", "show", "node", nodes.stdout.split()[0])
+        first = _nodes()[0]
+        shown = run_command("scontrol", "show", "node", first)
         match = re.search(r"NodeHostName=(\S+)", shown.stdout)
-        host = match[1] if match else nodes.stdout.split()[0]
+        host = match[1] if match else first
         if host.partition(".")[0] != here.partition(".")[0]:
             # Nobody here can tell which are free there; two jobs rarely draw the same.
             return host, random.SystemRandom().randrange(*_PORTS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qlora_dist.layout import RunDir
-from qlora_dist.process import die_with_parent
+from qlora_dist.process import be_killed_with_parent
 from qlora_dist.ranks import dump_and_kill, end_ranks, mark_silent
 
 # Ranks whose torchrun is gone notice at their next micro-batch, save and end; then they are killed.
@@ -59,7 +59,8 @@ def start_torchrun(
             stdout=file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            # In a job it ignores SIGTERM. Its ranks have a SIGTERM of their own when it ends.
+            preexec_fn=be_killed_with_parent,
             env=dict(env),
         )
 

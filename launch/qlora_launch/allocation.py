@@ -10,6 +10,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.job import run_attempt
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Plan
+from qlora_dist.scheduler import refuse_queued
 from qlora_dist.step import ranks_on_nodes
 
 
@@ -21,7 +22,12 @@ class AllocationBackend:
         return {}
 
     def check(self, run: RunDir) -> None:
-        """Nothing: who has the run is seen when it is taken."""
+        """Refuse a run whose job waits in a queue; who has it now is seen when it is taken.
+
+        Raises:
+            RunDirError: It does.
+        """
+        refuse_queued(run)
 
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd:
         """Run the next attempt to its end.

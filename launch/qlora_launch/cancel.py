@@ -43,6 +43,9 @@ def cancel(run: RunDir, spec: RunSpec) -> str:
         UserError: Nothing runs or waits, or Slurm refuses.
     """
     now = standing(run, spec)
+    if now.state == "unknown":
+        run.cancel_file.touch(mode=0o600)
+        return f"a job of the run that runs or starts will save and end; but {now.detail}"
     if now.state not in ("running", "queued"):
         raise UserError(f"{run.root}: nothing to cancel; the run is {now.state}")
     run.cancel_file.touch(mode=0o600)

@@ -31,6 +31,8 @@ COMMANDS = {
 # How often a run in the foreground is taken up again, as a user would.
 _RESUMES = 3
 _POLL_S = 1.0
+# A step from the middle on, in the attempt that Slurm is to do something to.
+_SLOW_S = 3
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether the run came back exactly."""
-        return self.now.state == "done" and not self.differences
+        """Whether the run met its fault and came back exactly."""
+        return self.now.state == "done" and self.met and not self.differences
+
+    @property
+    def met(self) -> bool:
+        """Whether there was a fault to come back from, before the last step."""
+        rows = self.now.attempts
+        return len(rows) > 1 and rows[0].last_step < rows[-1].last_step
 
 
 def drill_spec(spec: RunSpec, steps: int) -> RunSpec:
@@ -123,14 +131,18 @@ def _to_the_end(written: tuple[RunDir, Plan], say: Say) -> None:
 
 @contextmanager
 def _injected(fault: str, plan: Plan) -> Iterator[None]:
-    """Have the run's first attempt meet the fault halfway, in its last rank."""
-    if fault not in INJECTED:
-        yield
-        return
-    assert plan.spec.schedule.steps is not None
-    count = plan.batch.accumulation * (plan.spec.schedule.steps // 2) + 1
-    rank = plan.topology.world_size - 1
-    os.environ["QLORA_FAULT"] = f"accumulation#{count}@{rank}~0={fault}"
+    """Have the run's first attempt meet the fault between two saves, in its last rank.
+
+    Where the fault is the scheduler's, the attempt becomes slow there, and waits for it.
+    """
+    steps, every = plan.spec.schedule.steps, plan.spec.checkpoint.every_steps
+    assert steps is not None
+    step, rank = steps // 2 + every // 2, plan.topology.world_size - 1
+    if fault in INJECTED:
+        count = plan.batch.accumulation * step + 1
+        os.environ["QLORA_FAULT"] = f"accumulation#{count}@{rank}~0={fault}"
+    else:
+        os.environ["QLORA_FAULT"] = f"first-step#{step + 1}@{rank}~0=slow:{_SLOW_S}"
     try:
         yield
     finally:
@@ -171,6 +183,8 @@ def report_text(report: Report, fault: str) -> str:
     away = sum(
         later.started_at - (before.ended_at or time.time()) for before, later in pairwise(rows)
     )
+    if report.now.state == "done" and not report.met:
+        return f"{fault}: this proves nothing, for the run was over before; use more --steps"
     if not report.passed:
         lines = [f"{fault}: the run did NOT come back exactly ({report.now.state})"]
         return "\n".join([*lines, *report.differences])

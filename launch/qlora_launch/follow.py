@@ -32,7 +32,7 @@ def follow(
     attempt = newest_attempt(run)
     if attempt is None and not to_the_end:
         raise RunDirError(f"{run.root} has not been started yet")
-    tail, number, asked = None, None, 0.0
+    tail, number, asked, owned, told = None, None, -_ASK_S, False, ""
     while True:
         attempt = newest_attempt(run)
         if attempt is not None and attempt != number:
@@ -42,14 +42,18 @@ def follow(
             say(line)
         if not to_the_end:
             return
-        if time.monotonic() - asked > _ASK_S or not run.owner_json.exists():
+        owned, before = run.owner_json.exists(), owned
+        if time.monotonic() - asked > _ASK_S or (before and not owned):
             asked = time.monotonic()
             now = standing(run, spec)
-            if now.state not in ("running", "queued", "unknown"):
-                if newest_attempt(run) != number:
-                    continue
-                for line in tail.new_lines() if tail else ():
-                    say(line)
+            over = now.state not in ("running", "queued", "unknown")
+            if over and newest_attempt(run) != number:
+                continue
+            for line in tail.new_lines() if tail else ():
+                say(line)
+            if now.state != "running" and now.detail != told:
+                told = now.detail
                 say(f"{now.state}: {now.detail}")
+            if over:
                 return
         time.sleep(_POLL_S)

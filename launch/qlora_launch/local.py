@@ -8,6 +8,7 @@ from qlora_dist.ends import RankEnd
 from qlora_dist.job import ranks_here, run_attempt
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Plan
+from qlora_dist.scheduler import refuse_queued
 
 
 class LocalBackend:
@@ -18,7 +19,12 @@ class LocalBackend:
         return {}
 
     def check(self, run: RunDir) -> None:
-        """Nothing: who has the run is seen when it is taken."""
+        """Refuse a run whose job waits in a queue; who has it now is seen when it is taken.
+
+        Raises:
+            RunDirError: It does.
+        """
+        refuse_queued(run)
 
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd:
         """Run the next attempt to its end, a progress bar on a terminal, plain lines elsewhere."""

@@ -9,7 +9,7 @@ from qlora_dist.data.reader import local_file
 from qlora_dist.errors import ModelError, PlanError, QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_text
 from qlora_dist.hub import looks_like_path
-from qlora_dist.layout import RunDir, open_run
+from qlora_dist.layout import CONTAINER, RunDir, open_run
 from qlora_dist.resume import check_change
 from qlora_dist.spec import RunSpec
 from qlora_launch.code_snapshot import current_code, write_code
@@ -92,6 +92,8 @@ def change_run_dir(run: RunDir, bundle: Bundle) -> None:
         # run.json last: until it is there, the same command is needed again, and does all of this.
         for name in sorted(bundle.files, key=lambda name: name == "run.json"):
             write_text(run.root / name, bundle.files[name])
+        if CONTAINER not in bundle.files:
+            (run.root / CONTAINER).unlink(missing_ok=True)
 
 
 def _has_anything(run: RunDir) -> bool:

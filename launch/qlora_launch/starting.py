@@ -101,8 +101,8 @@ def rewrite(
         QLoRAError: It cannot be started; nothing was changed.
     """
     _check(plan, run, backend, [str(run.root), *overrides])
-    if overrides:
-        change_run_dir(run, render(plan))
+    # The cluster's profile may be another by now, too.
+    change_run_dir(run, render(plan))
     say(f"run directory: {run.root}")
     take_code(run, say=say)
 
@@ -115,7 +115,7 @@ def start(run: RunDir, plan: Plan, backend: Backend, *, say: Say) -> int:
     if end.code == ends.DONE:
         say(f"done: {end.cause}")
     elif end.code == ends.PREEMPTED:
-        say(f"{end.cause}; go on with: qlora resume {run.root}")
+        say(f"{end.cause}; go on with: qlora resume {shlex.quote(str(run.root))}")
     else:
         sys.stderr.write(_failure_text(run, end))
     return end.code

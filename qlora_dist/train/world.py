@@ -109,7 +109,9 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
         if self.size == 1:
-            return flag
+            # Nobody to wait for; it has got on all the same.
+            with self.pulse.waiting():
+                return flag
         value = torch.tensor([int(flag)])
         with self.pulse.waiting():
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)

@@ -30,6 +30,7 @@ class Job:
         runs: Run directories, one for each element of the array.
         parallel: Elements that may run at once; None for a job that is no array.
         after: Jobs that must end well first.
+        sweep: What tells this array from others of the same folder; empty for none.
     """
 
     plan: Plan
@@ -37,6 +38,7 @@ class Job:
     runs: tuple[Path, ...]
     parallel: int | None = None
     after: tuple[str, ...] = ()
+    sweep: str = ""
 
     @property
     def profile(self) -> Profile:
@@ -54,10 +56,9 @@ def batch_script(job: Job) -> str:
     Raises:
         UserError: The profile is missing or wrong.
     """
-    values = {name: value for name, value in parameters(job).items() if value is not None}
     # submitit's own function, since a dry run must not need Slurm.
     text: str = _make_sbatch_string(
-        command=command(job), folder=job.folder / "control" / "submitit", **values
+        command=command(job), folder=job.folder / "control" / "submitit", **parameters(job)
     )
     return text
 
@@ -90,6 +91,8 @@ def parameters(job: Job) -> dict[str, Any]:
         "nodes": job.plan.topology.nodes,
         "time": _enough(time_limit_min(job.plan, profile), profile),
         "cpus_per_task": profile.cpus or _cpus(job.plan),
+        # submitit's own would be "submitit", which a site that checks such keys refuses.
+        "wckey": None,
         "use_srun": False,
         "stderr_to_stdout": True,
         "setup": [*_setup(profile), *_run_lines(job)],
@@ -98,7 +101,7 @@ def parameters(job: Job) -> dict[str, Any]:
             "ntasks-per-node": 1,
             # submitit sorts a profile's own word on it before this one, which would then hold.
             **({} if "no-requeue" in profile.sbatch else {"requeue": True}),
-            "comment": comment_of(job.folder),
+            "comment": comment_of(job.folder, job.sweep),
             "output": str(job.folder / "control" / "slurm-%j.out"),
             # To the batch process alone: no signal crosses torchrun.
             "signal": f"B:USR1@{profile.signal_lead_s}",

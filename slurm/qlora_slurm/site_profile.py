@@ -14,6 +14,13 @@ from qlora_dist.spec_file import parse_yaml
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 
 
+# Options of sbatch that a profile must not replace.
+_OURS = frozenset(
+    {"array", "comment", "dependency", "error", "export", "job-name", "nodes", "ntasks-per-node"}
+    | {"open-mode", "output", "requeue", "wrap"}
+)
+
+
 class NoContainer(Section):
     """Programs of the nodes themselves."""
 
@@ -95,6 +102,16 @@ class Profile(Section):
     """When it does."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further options of sbatch, by their long names, such as {nice: 100}."""
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_ours(cls, sbatch: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name, value in sbatch.items():
+            if name in _OURS:
+                raise ValueError(f"{name} is the launcher's own: it finds its jobs and runs by it")
+            if value is False:
+                raise ValueError(f"{name}: a switch of sbatch is true, or is left out")
+        return sbatch
 
     @field_validator("env")
     @classmethod

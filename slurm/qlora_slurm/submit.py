@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +16,12 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from qlora_dist.ends import RankEnd
 from qlora_dist.environment import for_sbatch
-from qlora_dist.errors import RunDirError, UserError
+from qlora_dist.errors import UserError
 from qlora_dist.files import write_json, write_text
-from qlora_dist.layout import CONTAINER, SWEEP, RunDir
+from qlora_dist.layout import CONTAINER, SWEEP, RunDir, open_run, sweep_runs
+from qlora_dist.ledger import standing
 from qlora_dist.plan import Plan
-from qlora_dist.scheduler import live_jobs
+from qlora_dist.scheduler import live_jobs, refuse_queued
 from qlora_slurm.container import container_json
 from qlora_slurm.script import Job, batch_script, command, parameters, pass_env
 
@@ -58,11 +61,7 @@ class SlurmBackend:
                 "resources.backend: slurm, and there is no sbatch on this machine; submit from a "
                 "login node, or use resources.backend=local"
             )
-        if jobs := live_jobs(run.root):
-            raise RunDirError(
-                f"{run.root} is in the queue already, as job {', '.join(jobs)}; end it with: "
-                f"qlora cancel {run.root}"
-            )
+        refuse_queued(run)
 
     def submit(self, run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> RankEnd | None:
         """Send the run, which :meth:`check` has let pass, to the queue.
@@ -73,7 +72,7 @@ class SlurmBackend:
         job = self._send(Job(plan, run.root, (run.root,), after=self._jobs_before()), say)
         say(
             f"submitted job {job}: {plan.topology.nodes} node(s); follow it with: "
-            f"qlora logs -f {run.root}"
+            f"qlora logs -f {shlex.quote(str(run.root))}"
         )
         return None
 
@@ -91,14 +90,18 @@ class SlurmBackend:
         Raises:
             UserError: Slurm refuses the job.
         """
-        folder = runs[0].root.parent
-        job = Job(plan, folder, tuple(run.root for run in runs), parallel, self._jobs_before())
-        write_json(folder / SWEEP, {"runs": [run.root.name for run in runs]})
+        folder, sweep = runs[0].root.parent, secrets.token_hex(4)
+        roots = tuple(run.root for run in runs)
+        job = Job(plan, folder, roots, parallel, self._jobs_before(), sweep)
+        for element, run in enumerate(runs):
+            write_json(run.element_json, {"sweep": sweep, "element": element})
+        names = dict.fromkeys([*sweep_runs(folder), *(root.name for root in roots)])
+        write_json(folder / SWEEP, {"runs": list(names)})
         write_text(folder / "batch.sh", batch_script(job))
         (folder / "control").mkdir(mode=0o700, exist_ok=True)
         say(
             f"submitted job {self._send(job, say)}: {len(runs)} runs, {parallel} at once; see them "
-            f"with: qlora list {folder}"
+            f"with: qlora list {shlex.quote(str(folder))}"
         )
 
     def _jobs_before(self) -> tuple[str, ...]:
@@ -107,9 +110,12 @@ class SlurmBackend:
             if re.fullmatch(r"\d+(_\d+)?", text):
                 found.append(text)
                 continue
-            jobs = live_jobs(Path(text).expanduser().absolute())
-            if not jobs:
-                raise UserError(f"--after {text}: neither a job's number nor a run in the queue")
+            root = Path(text).expanduser().absolute()
+            jobs = live_jobs(root)
+            if not jobs and (not root.is_dir() or standing(*open_run(root)).state != "done"):
+                raise UserError(
+                    f"--after {text}: neither a job's number, nor a run that waits, runs or is done"
+                )
             found += jobs
         return tuple(found)
 
@@ -133,7 +139,7 @@ class SlurmBackend:
                 return str(executor._submit_command(command(job)).job_id)
         except FailedJobError as error:
             # sbatch may give up waiting for an answer to a job that was taken.
-            if jobs := live_jobs(job.folder):
+            if jobs := live_jobs(job.runs[0]):
                 say(f"sbatch failed, and the job is in the queue: {_last_words(error)}")
                 return jobs[0]
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error

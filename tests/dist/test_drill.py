@@ -12,7 +12,9 @@ def test_a_run_that_is_killed_comes_back_exactly(config, qlora, tmp_path):
     struck = RunDir(tmp_path / "mine-drill" / "sigkill")
     first = json.loads((struck.attempt(0) / "attempt.json").read_text())
     assert first["end"]["code"] == 1
-    assert first["last_step"] == 4
+    # Between two saves, so that there is something to take again.
+    assert first["last_step"] == 5
+    assert "1 steps taken again" in done.stdout
     assert not (tmp_path / "mine").exists()
     again = qlora("drill", path, "--fault", "sigkill", "--steps", "8", code=2)
     assert "is there from an earlier drill" in again.stderr

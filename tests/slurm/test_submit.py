@@ -204,3 +204,4 @@ def test_a_drill_has_slurm_requeue_a_run_and_sees_it_come_back(slurm, tmp_path):
     _, done = slurm("drilled", code=0, verb=("drill", "--fault", "requeue", "--steps", "20"))
     assert "scontrol requeue" in done.stdout
     assert "requeue: the run came back exactly: 2 attempts, 0 steps taken again" in done.stdout
+    assert "resumed after step 1" in done.stdout

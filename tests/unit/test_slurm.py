@@ -16,7 +16,7 @@ from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress
 from qlora_dist.plan import make_plan
 from qlora_dist.requeue import BUDGETS, decide
-from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, parse_job
+from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, comment_of, parse_job
 from qlora_dist.spec_file import spec_from_tree
 from qlora_slurm.script import Job, batch_script
 from qlora_slurm.site_profile import load_profile
@@ -81,6 +81,7 @@ def test_a_second_failure_in_a_row_waits():
     end = make_end(ends.FAILED)
     assert decide(end, JOB, RUNNING, idle=[1]).wait_s == 0
     assert decide(end, JOB, RUNNING, idle=[1, 139]).wait_s == 60
+    assert decide(end, JOB, RUNNING, idle=[1] * 4).wait_s == 960
     assert decide(make_end(ends.PREEMPTED), JOB, RUNNING, idle=[85, 85]).wait_s == 0
 
 
@@ -96,13 +97,15 @@ def test_nodes_are_bad_by_the_ledger(tmp_path):
 
 def test_attempts_without_progress_are_counted_back_to_the_last_committed_step(tmp_path):
     run = RunDir(tmp_path)
-    for number, (code, step) in enumerate([(1, 0), (85, 5), (85, 5), (1, 5), (1, 5)]):
+    for number, (code, step) in enumerate([(1, 0), (85, 0), (85, 5), (1, 5), (1, 5)]):
         run.attempt(number).mkdir(parents=True)
-        tree = {"end": {"code": code}, "committed_step": step}
+        tree = {"end": {"code": code}, "began_after": step}
         (run.attempt(number) / "attempt.json").write_text(json.dumps(tree))
-    (tmp_path / "attempts" / "005").mkdir()
-    (tmp_path / "attempts" / "005" / "attempt.json").write_text("{}")
-    assert codes_without_progress(run, 5) == [1, 1, 85, 85]
+    for number in (5, 6):
+        run.attempt(number).mkdir()
+        (run.attempt(number) / "attempt.json").write_text('{"began_after": 5}')
+    # The newest is the caller's own; the one before was killed before it could say so.
+    assert codes_without_progress(run, 5) == [85, 1, 1, 85]
     assert codes_without_progress(run, 6) == []
 
 
@@ -220,12 +223,20 @@ def test_a_sweep_is_one_array_that_knows_each_run(tmp_path):
 
 
 def test_the_element_of_an_array_is_its_runs_job(tmp_path):
-    (tmp_path / "sweep.json").write_text('{"runs": ["a", "b"]}')
-    said = f"qlora:{tmp_path}"
-    queue = Queue([("7_0", said), ("7_1", said), ("8", f"qlora:{tmp_path / 'a'}"), ("9_5", said)])
+    for element, name in enumerate("ab"):
+        (tmp_path / name / "control").mkdir(parents=True)
+        RunDir(tmp_path / name).element_json.write_text(
+            json.dumps({"sweep": "s2", "element": element})
+        )
+    first, second = comment_of(tmp_path, "s1"), comment_of(tmp_path, "s2")
+    own = comment_of(tmp_path / "a")
+    queue = Queue([("7_0", second), ("7_1", second), ("8", own), ("6_0", first), ("6_1", first)])
     assert queue.jobs_of(tmp_path / "a") == ["7_0", "8"]
     assert queue.jobs_of(tmp_path / "b") == ["7_1"]
-    assert queue.jobs_of(tmp_path / "c") == []
+    # Neither the sweep's folder nor a run that was never in it.
+    assert queue.jobs_of(tmp_path) == queue.jobs_of(tmp_path / "c") == []
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert "8" in queue.jobs_of(tmp_path / "link")
 
 
 @pytest.mark.parametrize(
@@ -234,22 +245,28 @@ def test_the_element_of_an_array_is_its_runs_job(tmp_path):
         (
             "apptainer",
             [],
-            "apptainer exec --nv --bind {run} --bind /data/m --bind /x /i.sif python3",
+            "apptainer exec --nv --bind {run}/r --bind {run}/corpora --bind {run} --bind /data/m "
+            "--bind /x /i.sif python3",
         ),
         (
             "pyxis",
-            ["--container-image=/i.sif", "--container-mounts={run}:{run},/data/m:/data/m,/x:/x"],
+            [
+                "--container-image=/i.sif",
+                "--container-mounts={run}/r:{run}/r,{run}/corpora:{run}/corpora,{run}:{run},"
+                "/data/m:/data/m,/x:/x",
+            ],
             "python3",
         ),
     ],
 )
-def test_a_nodes_processes_run_in_a_container(tmp_path, kind, srun, argv):
+def test_a_nodes_processes_run_in_a_container(tmp_path, kind, srun, argv, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     file = tmp_path / "site.yaml"
     file.write_text(f"container: {{kind: {kind}, image: /i.sif, binds: [/x]}}")
     resources = {"backend": "slurm", "gpus_per_node": 1, "profile": str(file)}
     tree = {**GOOD, "run_dir": str(tmp_path), "resources": resources}
     plan = make_plan(spec_from_tree(tree, ["model.source=/data/m", "model.shape=llama-7b"]))
-    files = SlurmBackend().files(plan, tmp_path)
+    files = SlurmBackend().files(plan, tmp_path / "r")
     assert json.loads(files["container.json"]) == {
         "srun": [word.format(run=tmp_path) for word in srun],
         "argv": argv.format(run=tmp_path).split(),
@@ -259,6 +276,12 @@ def test_a_nodes_processes_run_in_a_container(tmp_path, kind, srun, argv):
 def test_a_time_limit_that_the_warning_uses_up_is_refused(tmp_path):
     with pytest.raises(UserError, match="use at least 0:14:00"):
         script(tmp_path, tmp_path / "r", "signal_lead_s: 700\n", time="0:05:00")
+
+
+@pytest.mark.parametrize("option", ["comment: mine", "output: x", "exclusive: false"])
+def test_a_profile_must_not_take_what_the_launcher_finds_its_jobs_by(tmp_path, option):
+    with pytest.raises(SpecError, match=option.partition(":")[0]):
+        script(tmp_path, tmp_path / "r", f"sbatch: {{{option}}}\n")
 
 
 def test_a_run_dir_that_slurm_cannot_name_is_refused(tmp_path):
