@@ -29,17 +29,11 @@ def follow(
     Raises:
         RunDirError: Nothing was ever started.
     """
-    attempt = newest_attempt(run)
-    if attempt is None and not to_the_end:
+    if newest_attempt(run) is None and not to_the_end:
         raise RunDirError(f"{run.root} has not been started yet")
-    tail, number, asked, owned, told = None, None, -_ASK_S, False, ""
+    lines, asked, owned, told = _Lines(run, rank), -_ASK_S, False, ""
     while True:
-        attempt = newest_attempt(run)
-        if attempt is not None and attempt != number:
-            number = attempt
-            tail = Tail(run.run_log(number) if rank is None else run.rank_log(number, rank))
-        for line in tail.new_lines() if tail else ():
-            say(line)
+        lines.tell(say)
         if not to_the_end:
             return
         owned, before = run.owner_json.exists(), owned
@@ -47,13 +41,35 @@ def follow(
             asked = time.monotonic()
             now = standing(run, spec)
             over = now.state not in ("running", "queued", "unknown")
-            if over and newest_attempt(run) != number:
+            if over and newest_attempt(run) != lines.attempt:
                 continue
-            for line in tail.new_lines() if tail else ():
-                say(line)
+            lines.tell(say)
             if now.state != "running" and now.detail != told:
                 told = now.detail
                 say(f"{now.state}: {now.detail}")
             if over:
                 return
         time.sleep(_POLL_S)
+
+
+class _Lines:
+    """What a run's attempts say, one after the other.
+
+    Attributes:
+        attempt: The newest that was looked at.
+    """
+
+    def __init__(self, run: RunDir, rank: int | None) -> None:
+        self.attempt: int | None = None
+        self._run, self._rank = run, rank
+        self._tail: Tail | None = None
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Say what is new, of the newest attempt."""
+        newest, rank = newest_attempt(self._run), self._rank
+        if newest is not None and newest != self.attempt:
+            self.attempt = newest
+            run = self._run
+            self._tail = Tail(run.run_log(newest) if rank is None else run.rank_log(newest, rank))
+        for line in self._tail.new_lines() if self._tail else ():
+            say(line)
