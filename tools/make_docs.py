@@ -111,6 +111,9 @@ def cli_page() -> str:
         "| 1 | something failed; the message and the log that it names say what |",
         "| 2 | the config, the data or the command is wrong; nothing was started |",
         "| 85 | stopped, every complete step saved; `qlora resume` goes on |",
+        "| 86 | the same, for the job's time was nearly over |",
+        "| 87 | no process got on for `resources.timeout_s`; the stacks are in the logs |",
+        "| 88 | this machine lacks what the run needs of it |",
         "| 93 | the loss is not a number; a restart would only repeat it |",
         "| 130 | interrupted outside of a run |",
     ]

@@ -1,5 +1,7 @@
 """Cluster profiles: what a site wants said in every job, in YAML."""
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,8 +151,14 @@ def load_profile(name: str | None) -> Profile:
     try:
         return Profile.model_validate(tree)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors(include_url=False)
-        ]
+        problems = [_problem(item) for item in error.errors(include_url=False)]
         raise SpecError(problems, source=str(path)) from None
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """One line for one thing that is wrong in a profile."""
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Profile.model_fields, n=1)
+        return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}"

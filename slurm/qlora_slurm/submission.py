@@ -87,13 +87,16 @@ def _nodes(case: Case, partition: Partition) -> Iterator[Finding]:
         wishes = ", ".join(need.what for need in needs)
         what = f"It asks for {asked} node(s)" + (f" with {wishes} each" if wishes else "")
         what += f", and {len(fit)} of the {size} fit: "
-        short = [need for need in needs if len(need.nodes) < asked]
+        # Where there are too few nodes at all, none of these is short.
+        short = [need for need in needs if len(need.nodes) < min(asked, len(nodes))]
         waits = case.site.config.enforce_part_limits == "NO"
         waits = waits and not any(need.refused and len(need.nodes) < len(nodes) for need in short)
         what += "the job waits for ever." if waits else "sbatch refuses the job."
         by = [f"{len(need.nodes)} of the {size} with {need.what}" for need in short]
         keys = [need.key for need in short] or ["resources.nodes"]
         change = f"less of {', '.join(keys)}, or another partition"
+        if not short and len(fit) == len(nodes):
+            change = f"resources.nodes={len(nodes)} or fewer, or another partition"
         yield Finding("submission", what, tuple(by) or (size,), None, (change,))
     elif works < asked:
         what = f"Of the {size}, {len(fit)} fit, and {works} work now: the job waits for others."

@@ -294,5 +294,5 @@ def test_a_profile_that_is_not_one(tmp_path):
         load_profile("no-such-cluster")
     file = tmp_path / "p.yaml"
     file.write_text("partitoin: gpu\n")
-    with pytest.raises(SpecError, match="partitoin"):
+    with pytest.raises(SpecError, match="partitoin: no such key; did you mean partition"):
         load_profile(str(file))
