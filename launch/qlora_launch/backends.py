@@ -52,6 +52,10 @@ class Queue(Backend, Protocol):
         """Send several runs of one folder at once."""
         ...
 
+    def sweep_script(self, runs: Sequence[RunDir], plan: Plan, parallel: int) -> str:
+        """What that would send."""
+        ...
+
 
 def get_queue(after: Sequence[str]) -> Queue:
     """Import Slurm's backend, for runs that start after others have ended well."""

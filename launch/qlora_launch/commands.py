@@ -90,7 +90,7 @@ def submit_command(args: argparse.Namespace) -> int:
     """The same with Slurm as the backend, or several of them as an array."""
     from qlora_dist.spec_file import load_spec
     from qlora_launch.backends import get_queue
-    from qlora_launch.starting import plan_of, print_bundle, write
+    from qlora_launch.starting import plan_of, print_bundle, run_of, write
     from qlora_launch.sweep import sweep_specs
 
     overrides = [*args.overrides, "resources.backend=slurm"]
@@ -100,14 +100,15 @@ def submit_command(args: argparse.Namespace) -> int:
         specs = [load_spec(args.config, overrides)]
     # All are sound before the first is written.
     plans = [plan_of(spec, ask_hub=not args.dry_run) for spec in specs]
-    if args.dry_run:
-        for plan in plans:
-            print_bundle(plan)
+    queue, parallel = get_queue(args.after), args.parallel or len(plans)
+    if args.dry_run and args.sweep:
+        print(queue.sweep_script([run_of(plan) for plan in plans], plans[0], parallel))
         return 0
-    queue = get_queue(args.after)
+    if args.dry_run:
+        return print_bundle(plans[0])
     runs = [write(plan, queue, args.config, args.overrides, say=say) for plan in plans]
     if args.sweep:
-        queue.submit_sweep(runs, plans[0], args.parallel or len(runs), say=say)
+        queue.submit_sweep(runs, plans[0], parallel, say=say)
     else:
         queue.submit(runs[0], plans[0], say=say)
     return 0

@@ -11,7 +11,7 @@ from qlora_dist import ends
 from qlora_dist.checkpoints import newest_step
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError
-from qlora_dist.layout import RunDir, newest_attempt
+from qlora_dist.layout import RunDir, newest_attempt, run_dir_of
 from qlora_dist.plan import Plan, make_plan
 from qlora_dist.resume import check_change
 from qlora_dist.spec import RunSpec
@@ -39,6 +39,11 @@ def plan_of(spec: RunSpec, *, ask_hub: bool) -> Plan:
         PlanError: What it asks for cannot be.
     """
     return make_plan(pin(absolute_paths(spec), ask_hub=ask_hub))
+
+
+def run_of(plan: Plan) -> RunDir:
+    """Where a plan's run is, or will be."""
+    return RunDir(run_dir_of(plan.spec))
 
 
 def resumed_plan(run: RunDir, before: RunSpec, overrides: Sequence[str], *, ask_hub: bool) -> Plan:

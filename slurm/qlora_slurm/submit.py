@@ -90,12 +90,11 @@ class SlurmBackend:
         Raises:
             UserError: Slurm refuses the job.
         """
-        folder, sweep = runs[0].root.parent, secrets.token_hex(4)
-        roots = tuple(run.root for run in runs)
-        job = Job(plan, folder, roots, parallel, self._jobs_before(), sweep)
+        job = self._sweep(runs, plan, parallel)
+        folder = job.folder
         for element, run in enumerate(runs):
-            write_json(run.element_json, {"sweep": sweep, "element": element})
-        names = dict.fromkeys([*sweep_runs(folder), *(root.name for root in roots)])
+            write_json(run.element_json, {"sweep": job.sweep, "element": element})
+        names = dict.fromkeys([*sweep_runs(folder), *(root.name for root in job.runs)])
         write_json(folder / SWEEP, {"runs": list(names)})
         write_text(folder / "batch.sh", batch_script(job))
         (folder / "control").mkdir(mode=0o700, exist_ok=True)
@@ -103,6 +102,15 @@ class SlurmBackend:
             f"submitted job {self._send(job, say)}: {len(runs)} runs, {parallel} at once; see them "
             f"with: qlora list {shlex.quote(str(folder))}"
         )
+
+    def sweep_script(self, runs: Sequence[RunDir], plan: Plan, parallel: int) -> str:
+        """The script that :meth:`submit_sweep` would send; nothing is written."""
+        return batch_script(self._sweep(runs, plan, parallel))
+
+    def _sweep(self, runs: Sequence[RunDir], plan: Plan, parallel: int) -> Job:
+        roots = tuple(run.root for run in runs)
+        sweep = secrets.token_hex(4)
+        return Job(plan, roots[0].parent, roots, parallel, self._jobs_before(), sweep)
 
     def _jobs_before(self) -> tuple[str, ...]:
         found: list[str] = []

@@ -26,6 +26,9 @@ def test_one_of_four_runs_is_preempted_and_all_end(
     }
     config = write_config(tmp_path, tiny_model, pairs_file, "sweep", changes)
     sweep = ("--sweep", f"optimizer.lr={','.join(LRS)}", "--parallel", "2")
+    dry = run_qlora(tmp_path, "submit", config, *sweep, "--dry-run").stdout
+    assert "#SBATCH --array=0-3%2\n" in dry
+    assert not (tmp_path / "sweep").exists()
     done = run_qlora(tmp_path, "submit", config, *sweep)
     assert "4 runs, 2 at once" in done.stdout
     folder = tmp_path / "sweep"
