@@ -5,6 +5,7 @@ stop, and decides at the end, outside the training processes, whether the job go
 queue. Every decision is in the attempt's attempt.json before it is carried out.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -91,12 +92,10 @@ def _own_and_run(run: RunDir, job: SlurmJob, stops: "_Stops") -> _Outcome:
     with own(run, job) as attempt:
         step = newest_step(run.checkpoints)
         idle = codes_without_progress(run, step)
-        if run.cancel_file.exists():
-            return _note(
-                run, attempt, _not_run(step, "cancelled"), Decision("nothing", "cancelled")
-            )
-        if why := given_up(idle):
+        if why := "it was cancelled" if run.cancel_file.exists() else given_up(idle):
             return _note(run, attempt, _not_run(step, why), Decision("nothing", why))
+        with contextlib.suppress(OSError):
+            note(run, attempt, nodes=os.environ["SLURM_JOB_NODELIST"])
         stops.watch(attempt)
         end = _run(run, attempt, stops)
         view = _ask(job)
