@@ -211,9 +211,9 @@ class _Stops:
 def _ask(job: SlurmJob) -> JobView | None:
     try:
         view = show_job(job.job)
-        if view is not None and view.preempted and not ends_the_preempted(view.partition):
-            # Where the preempted are requeued, Slurm has done so by now, or somebody said scancel.
-            view = replace(view, preempted=False)
+        if view is not None and view.preempted and view.requeue:
+            # Where Slurm requeues the preempted, it has done so by now, or somebody said scancel.
+            view = replace(view, preempted=ends_the_preempted(view.partition))
     except SchedulerError as error:
         sys.stderr.write(f"{error}\n")
         return None

@@ -122,3 +122,20 @@ def test_storage_that_is_away_for_a_moment_is_waited_for(monkeypatch):
         return answer
 
     assert batch._patiently(begin) == "begun"
+
+
+@pytest.mark.parametrize(
+    ("requeue", "mode", "preempted"),
+    [(1, "REQUEUE", False), (1, "CANCEL", True), (0, "REQUEUE", True)],
+)
+def test_an_end_in_a_preemption_is_its_doing_where_slurm_would_not_requeue(
+    slurm, requeue, mode, preempted
+):
+    times = "StartTime=2026-11-22T10:00:00 PreemptTime=2026-11-22T10:05:00"
+    slurm(
+        "scontrol",
+        "show",
+        [0, f"{SHOWN.format(state='COMPLETING', requeue=requeue, restarts=0)} {times}"],
+        [0, f"PartitionName=low PreemptMode={mode}"],
+    )
+    assert batch._ask(JOB).preempted is preempted
