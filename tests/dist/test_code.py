@@ -21,10 +21,10 @@ SMALL = {
 NEXT_ATTEMPT = """
 import sys
 from pathlib import Path
-from qlora_dist.job import run_attempt
+from qlora_dist.job import ranks_here, run_attempt
 from qlora_dist.layout import RunDir
 
-end = run_attempt(RunDir(Path(sys.argv[1])), say=print, progress=False)
+end = run_attempt(RunDir(Path(sys.argv[1])), ranks_here, say=print, bar=False)
 print(end.cause)
 sys.exit(end.code)
 """
