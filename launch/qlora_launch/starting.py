@@ -6,6 +6,7 @@ Everything that can be refused is refused before anything is written.
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from qlora_dist import ends
 from qlora_dist.checkpoints import newest_step
@@ -106,8 +107,12 @@ def rewrite(
         QLoRAError: It cannot be started; nothing was changed.
     """
     _check(plan, run, backend, [str(run.root), *overrides])
-    # The cluster's profile may be another by now, too.
-    change_run_dir(run, render(plan))
+    bundle = render(plan)
+    if not overrides:
+        # The cluster's profile may be another by now; whatever else was edited, the ranks refuse.
+        bundle = replace(bundle, files=backend.files(plan, run.root))
+    if bundle.files:
+        change_run_dir(run, bundle)
     say(f"run directory: {run.root}")
     take_code(run, say=say)
 
