@@ -8,6 +8,8 @@ from qlora_dist.errors import QLoRAError
 from qlora_testbed import Settings
 from tests.conftest import run_qlora, write_config
 
+pytestmark = pytest.mark.matrix
+
 PROFILE = {"partition": "low", "mem_gb": 1, "signal_lead_s": 30}
 
 

@@ -3,10 +3,14 @@
 import json
 import shlex
 
+import pytest
+
 from qlora_dist.layout import RunDir
 from qlora_dist.train.compare import differences
 from tests.conftest import qlora_argv, run_qlora, write_config
 from tests.slurm.test_submit import RESOURCES, SLOW, state, steps, wait_until
+
+pytestmark = pytest.mark.matrix
 
 LRS = ("1e-4", "2e-4", "5e-4", "1e-3")
 
