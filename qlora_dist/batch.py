@@ -13,7 +13,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_dist import ends
@@ -27,7 +27,7 @@ from qlora_dist.ends import RankEnd
 from qlora_dist.environment import for_sbatch
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
-from qlora_dist.ledger import bad_nodes, codes_without_progress, last_step
+from qlora_dist.ledger import bad_nodes, codes_without_progress, note_end
 from qlora_dist.process_env import pass_env
 from qlora_dist.requeue import Decision, Next, decide, given_up
 from qlora_dist.scheduler import (
@@ -123,17 +123,8 @@ def _note(
 ) -> _Outcome:
     """Write down what an attempt was; a disk that refuses it changes nothing of what follows."""
     try:
-        note(
-            run,
-            attempt,
-            ended_at=time.time(),
-            end=asdict(end),
-            last_step=last_step(run, attempt),
-            committed_step=newest_step(run.checkpoints),
-            signals=list(signals),
-            next=decision.following,
-            why=decision.why,
-        )
+        following, why = decision.following, decision.why
+        note_end(run, attempt, end, signals=list(signals), next=following, why=why)
     except OSError as error:
         sys.stderr.write(f"{storage_message(error, run.attempt(attempt))}\n")
     return end, decision

@@ -8,19 +8,16 @@ A third signal kills every rank.
 import json
 import os
 import signal
-import time
 import types
 from collections.abc import Callable
-from dataclasses import asdict
 
-from qlora_dist.attempt import note, own
+from qlora_dist.attempt import own
 from qlora_dist.beats import Watch
-from qlora_dist.checkpoints import newest_step
 from qlora_dist.console import Console
 from qlora_dist.control import ask_to_kill, ask_to_stop
 from qlora_dist.ends import RankEnd, hang_end, read_rank_ends, worst
 from qlora_dist.layout import RunDir
-from qlora_dist.ledger import last_step
+from qlora_dist.ledger import note_end
 from qlora_dist.process import STOP_SIGNALS
 from qlora_dist.process_env import note_env, process_env
 from qlora_dist.torchrun import ALONE, attend, start_torchrun
@@ -54,14 +51,7 @@ def run_attempt(run: RunDir, ranks: Ranks, *, say: Callable[[str], None], bar: b
 
             end = ranks(run, attempt, tick)
             stops.tell(console.say)
-        note(
-            run,
-            attempt,
-            ended_at=time.time(),
-            end=asdict(end),
-            last_step=last_step(run, attempt),
-            committed_step=newest_step(run.checkpoints),
-        )
+        note_end(run, attempt, end)
         return end
 
 

@@ -3,13 +3,15 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_dist import ends
+from qlora_dist.attempt import note
 from qlora_dist.beats import read_beats
 from qlora_dist.checkpoints import newest_step
+from qlora_dist.ends import RankEnd
 from qlora_dist.layout import RunDir, newest_attempt
 from qlora_dist.process import Process
 from qlora_dist.scheduler import Queue, SchedulerError, SlurmJob, show_job
@@ -95,6 +97,23 @@ def last_step(run: RunDir, attempt: int) -> int:
     """Last step that an attempt has completed, as metrics.jsonl has it now; 0 for none."""
     steps = [r["step"] for r in _train_records(run) if r["attempt"] == attempt]
     return max(steps, default=0)
+
+
+def note_end(run: RunDir, attempt: int, end: RankEnd, **more: object) -> None:
+    """Write down how an attempt ended, and what it leaves.
+
+    Raises:
+        OSError: The disk refuses it.
+    """
+    note(
+        run,
+        attempt,
+        ended_at=time.time(),
+        end=asdict(end),
+        last_step=last_step(run, attempt),
+        committed_step=newest_step(run.checkpoints),
+        **more,
+    )
 
 
 def codes_without_progress(run: RunDir, step: int) -> list[int]:

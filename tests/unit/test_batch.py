@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_changes_nothing_of_what_follows(run, monkeypatch, c
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(batch, "note", full)
+    monkeypatch.setattr(batch, "note_end", full)
     end, decision = batch._not_run(0, "x"), Decision("requeue", "")
     assert batch._note(run, 0, end, decision) == (end, decision)
     assert "full" in capsys.readouterr().err
