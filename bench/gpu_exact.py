@@ -88,7 +88,7 @@ def save_table(folder, shape_name):
             parameter.grad = None
         said = []
         metrics = Metrics(run.metrics, world, 0)
-        part = Part(run, spec, world, parameters, optimizer, [], "", said.append)
+        part = Part(run, 0, spec, world, parameters, optimizer, [], "", said.append)
         saver = Saver(part, metrics, TrainState())
         begin = time.monotonic()
         saver.prepare()

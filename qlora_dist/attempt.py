@@ -20,6 +20,7 @@ from typing import Any
 
 from qlora_dist.checkpoints import newest_step
 from qlora_dist.code_tree import recorded
+from qlora_dist.control import ask_to_kill
 from qlora_dist.errors import QLoRAError, RunDirError
 from qlora_dist.files import fsync_dir, write_json
 from qlora_dist.layout import RunDir, newest_attempt
@@ -143,6 +144,9 @@ def _new_attempt(run: RunDir, me: dict[str, Any]) -> int:
     folder = run.attempt(number)
     for part in (folder / "ranks", folder / "beats", folder / "logs"):
         part.mkdir(mode=0o700, parents=True)
+    if newest is not None:
+        # Slurm gives a node up that it cannot reach; one that still reaches the storage ends here.
+        ask_to_kill(run, newest, f"attempt {number} has begun")
     write_json(
         folder / "attempt.json",
         {

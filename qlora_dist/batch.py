@@ -35,6 +35,7 @@ from qlora_dist.scheduler import (
     SchedulerError,
     SlurmJob,
     ends_the_preempted,
+    follow_instead,
     requeue,
     run_command,
     show_job,
@@ -276,12 +277,21 @@ def _submit_again(run: RunDir, job: SlurmJob, decision: Decision) -> None:
     done = subprocess.run(
         ["sbatch", "--parsable", *options],
         input=script.stdout,
+        stdout=subprocess.PIPE,
         env=for_sbatch(os.environ, pass_env(run, os.environ)),
         text=True,
         check=False,
     )
     if done.returncode:
         raise SchedulerError("sbatch refused the job")
+    new = done.stdout.partition(";")[0].strip()
+    sys.stdout.write(f"continued by job {new}\n")
+    sys.stdout.flush()
+    try:
+        follow_instead(job.job, new)
+    except SchedulerError as error:
+        # The run itself goes on.
+        sys.stderr.write(f"{error}\n")
 
 
 if __name__ == "__main__":

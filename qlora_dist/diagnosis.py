@@ -37,6 +37,7 @@ class Finding:
         decided_by: Settings that decide it, such as "KillWait=5".
         can_lose: Completed steps that it can cost at most; None where no step is at stake.
         change: What to change, by whom; empty where nothing is to be gained.
+        never_starts: Whether the job would be refused, or wait for ever.
     """
 
     event: Event
@@ -44,6 +45,7 @@ class Finding:
     decided_by: tuple[str, ...] = ()
     can_lose: int | None = None
     change: tuple[str, ...] = ()
+    never_starts: bool = False
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,26 @@ def note_end(run: RunDir, attempt: int, end: RankEnd, **more: object) -> None:
     )
 
 
+def end_of(run: RunDir, attempt: int) -> RankEnd | None:
+    """How an attempt ended; None while it runs, or where nobody could say."""
+    tree = _read(run.attempt(attempt) / "attempt.json").get("end")
+    return None if tree is None else RankEnd(**tree)
+
+
+def failure_lines(run: RunDir, attempt: int, end: RankEnd) -> list[str]:
+    """How an attempt failed, and where to read more of it."""
+    if end.code == ends.USER_ERROR:
+        return [f"qlora: {end.cause}"]
+    log = run.rank_log(attempt, end.rank)
+    if end.cause == ends.SILENT:
+        left = f"what it left: {log} and {run.launcher_log(attempt)}"
+        return [f"qlora: rank {end.rank} {end.cause}", left]
+    if end.code == ends.HANG:
+        return [f"qlora: {end.cause}", f"stacks: {log.parent}/rank_*.log"]
+    where = f"rank {end.rank} failed after step {end.step}; its log: {log}"
+    return [f"qlora: {end.cause}", where]
+
+
 def codes_without_progress(run: RunDir, step: int) -> list[int]:
     """How the attempts before the newest ended, newest first, since ``step`` was committed.
 
@@ -161,13 +181,17 @@ def measured(run: RunDir) -> Measured | None:
     return None
 
 
-def standing(run: RunDir, spec: RunSpec, queue: Queue | None = None) -> Standing:
+# What Slurm has just answered, or why it has not, for those who look at many runs.
+Answer = Queue | SchedulerError
+
+
+def standing(run: RunDir, spec: RunSpec, queue: Answer | None = None) -> Standing:
     """Read where a run stands, asking Slurm where the run is one of its jobs.
 
     Args:
         run: The run directory.
         spec: Its spec.
-        queue: What Slurm has just answered, for callers that look at many runs.
+        queue: What Slurm said; None to ask it.
     """
     rows = tuple(_attempts(run))
     state, detail = _state(run, spec, rows, queue)
@@ -175,11 +199,13 @@ def standing(run: RunDir, spec: RunSpec, queue: Queue | None = None) -> Standing
 
 
 def _state(
-    run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...], queue: Queue | None
+    run: RunDir, spec: RunSpec, rows: tuple[AttemptRow, ...], queue: Answer | None
 ) -> tuple[str, str]:
     try:
-        live = _owned(run) or _queued(run, spec, queue)
+        live = _owned(run, queue) or _queued(run, spec, queue)
     except SchedulerError as error:
+        if rows and rows[-1].code == ends.DONE and not run.owner_json.exists():
+            return "done", rows[-1].cause
         return "unknown", str(error)
     if live:
         return live
@@ -192,10 +218,12 @@ def _state(
     return states.get(last.code, "failed"), last.cause
 
 
-def _owned(run: RunDir) -> tuple[str, str] | None:
+def _owned(run: RunDir, queue: Answer | None) -> tuple[str, str] | None:
     """Whether a launcher has the run now."""
     owner = _read(run.owner_json)
     if "job" in owner:
+        if isinstance(queue, SchedulerError):
+            raise queue
         return None if SlurmJob(**owner).is_gone() else ("running", f"job {owner['job']}")
     if not owner:
         return None
@@ -205,10 +233,12 @@ def _owned(run: RunDir) -> tuple[str, str] | None:
     return None if gone else ("running", where)
 
 
-def _queued(run: RunDir, spec: RunSpec, queue: Queue | None) -> tuple[str, str] | None:
+def _queued(run: RunDir, spec: RunSpec, queue: Answer | None) -> tuple[str, str] | None:
     """Whether it waits in Slurm's queue."""
     if spec.resources.backend != "slurm":
         return None
+    if isinstance(queue, SchedulerError):
+        raise queue
     jobs = (queue or Queue.read()).jobs_of(run.root)
     return ("queued", _waits(jobs[0])) if jobs else None
 

@@ -216,6 +216,24 @@ def update_job(job: str, **values: str) -> None:
         raise SchedulerError(f"scontrol update {job} {' '.join(words)}: {done.stderr.strip()}")
 
 
+def follow_instead(job: str, new: str) -> None:
+    """Have the caller's jobs that wait for a job's good end wait for another's.
+
+    Raises:
+        SchedulerError: Slurm refused.
+    """
+    done = run_command("squeue", "--me", "--array", "--noheader", "--format=%i|%E")
+    if done.returncode:
+        raise SchedulerError(_unanswered("squeue", done.stderr))
+    for line in done.stdout.splitlines():
+        waits, _, needs = line.strip().partition("|")
+        # Such as afterok:7(unfulfilled),afterany:9_*(unfulfilled).
+        before = re.sub(r"\(\w+\)", "", needs)
+        after = re.sub(rf"\bafterok:{job}(?![\w*])", f"afterok:{new}", before)
+        if after != before:
+            update_job(waits, Dependency=after)
+
+
 def ends_the_preempted(partition: str) -> bool:
     """Whether a partition's jobs are ended when they are preempted, and not requeued.
 

@@ -5,9 +5,10 @@ Validators only check. Whatever follows from a spec (world size, bytes, steps) i
 ``qlora_dist.spec_file``.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from qlora_dist.shapes import ModelShape
 
@@ -20,9 +21,18 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Switch = Annotated[bool, Field(strict=True)]
-TIME = r"^(\d+-)?\d{1,3}:\d\d:\d\d$"
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
+
+def _time_limit(text: str) -> str:
+    if not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", text):
+        raise ValueError(
+            f"should be [days-]hours:minutes:seconds, such as 12:00:00 or 2-00:00:00, got {text!r}"
+        )
+    return text
+
+
+TimeLimit = Annotated[str, AfterValidator(_time_limit)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_*]+$")]
 
 Learn = Literal["auto", "answer", "all"]
@@ -320,7 +330,7 @@ class ResourcesSection(Section):
     """Longest that a process may stay at one place, such as a micro-batch, a save or loading the
     model, in seconds. Where none gets on for so long, the stacks of all are written down, and the
     attempt ends."""
-    time: Annotated[str, Field(pattern=TIME)] | None = None
+    time: TimeLimit | None = None
     """Time limit of a job, [days-]hours:minutes:seconds."""
     profile: Text | None = None
     """Cluster profile: a name in slurm/clusters, or a YAML file."""

@@ -169,8 +169,7 @@ def logs_command(args: argparse.Namespace) -> int:
     from qlora_launch.follow import follow
 
     run, spec = open_run(args.run)
-    follow(run, spec, say=say, rank=args.rank, to_the_end=args.follow)
-    return 0
+    return follow(run, spec, say=say, rank=args.rank, to_the_end=args.follow)
 
 
 def cancel_command(args: argparse.Namespace) -> int:

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 
+from qlora_dist import ends
 from qlora_dist.console import Tail
 from qlora_dist.errors import RunDirError
 from qlora_dist.layout import RunDir, newest_attempt
-from qlora_dist.ledger import standing
+from qlora_dist.ledger import Standing, end_of, failure_lines, standing
 from qlora_dist.spec import RunSpec
 
 _POLL_S = 0.5
@@ -16,8 +17,8 @@ _ASK_S = 10.0
 
 def follow(
     run: RunDir, spec: RunSpec, *, say: Callable[[str], None], rank: int | None, to_the_end: bool
-) -> None:
-    """Print the newest attempt's lines.
+) -> int:
+    """Print the newest attempt's lines, and why it failed if it has.
 
     Args:
         run: The run directory.
@@ -25,6 +26,9 @@ def follow(
         say: Takes each line.
         rank: What this rank printed, instead of the run's own lines.
         to_the_end: Go on, through requeues, until the run neither runs nor waits.
+
+    Returns:
+        What the run ended with, if that was asked for; else 0.
 
     Raises:
         RunDirError: Nothing was ever started.
@@ -35,7 +39,8 @@ def follow(
     while True:
         lines.tell(say)
         if not to_the_end:
-            return
+            _tell_failure(run, lines.attempt, say)
+            return ends.DONE
         owned, before = run.owner_json.exists(), owned
         if time.monotonic() - asked > _ASK_S or (before and not owned):
             asked = time.monotonic()
@@ -48,8 +53,23 @@ def follow(
                 told = now.detail
                 say(f"{now.state}: {now.detail}")
             if over:
-                return
+                _tell_failure(run, lines.attempt, say)
+                return exit_code(now)
         time.sleep(_POLL_S)
+
+
+def exit_code(now: Standing) -> int:
+    """What a run that is over ended with; a failure if it could not say so."""
+    code = now.attempts[-1].code if now.attempts else ends.DONE
+    return ends.FAILED if code is None else code
+
+
+def _tell_failure(run: RunDir, attempt: int | None, say: Callable[[str], None]) -> None:
+    """Say how an attempt failed, if it has."""
+    end = None if attempt is None else end_of(run, attempt)
+    if attempt is not None and end is not None and end.code not in ends.AGREED:
+        for line in failure_lines(run, attempt, end):
+            say(line)
 
 
 class _Lines:

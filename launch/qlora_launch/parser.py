@@ -114,7 +114,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     logs = verb("logs", commands.logs_command, "print what a run's newest attempt has said")
     _run_argument(logs)
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until the attempt ends")
+    logs.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run ends, and exit as it does"
+    )
     logs.add_argument("--rank", type=_count, metavar="N", help="what one process printed instead")
 
     cancel = verb(

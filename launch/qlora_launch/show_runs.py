@@ -1,6 +1,5 @@
 """Where runs stand, as tables."""
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from typing import Any
 
 from qlora_dist.errors import RunDirError
 from qlora_dist.layout import RunDir, open_run
-from qlora_dist.ledger import AttemptRow, Standing, standing
+from qlora_dist.ledger import Answer, AttemptRow, Standing, standing
 from qlora_dist.scheduler import Queue, SchedulerError
 from qlora_dist.spec import RunSpec
 
@@ -38,16 +37,18 @@ def status_text(run: RunDir, spec: RunSpec, now: Standing) -> str:
 def list_text(folder: Path) -> str:
     """Every run in a folder, a line each."""
     rows: list[Sequence[str]] = [("run", "state", "step", "of", "attempts", "detail")]
-    queue = None
+    queue: Answer | None = None
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         try:
             run, spec = open_run(path)
         except RunDirError:
             continue
         if queue is None and spec.resources.backend == "slurm":
-            # Once for all; where it fails, each run says so by itself.
-            with contextlib.suppress(SchedulerError):
+            # Once for all: a controller that is away lets each question wait.
+            try:
                 queue = Queue.read()
+            except SchedulerError as error:
+                queue = error
         now = standing(run, spec, queue)
         steps = str(spec.schedule.steps or "")
         rows.append(

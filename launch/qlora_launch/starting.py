@@ -13,6 +13,7 @@ from qlora_dist.checkpoints import newest_step
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import PlanError
 from qlora_dist.layout import RunDir, newest_attempt, run_dir_of
+from qlora_dist.ledger import failure_lines
 from qlora_dist.plan import Plan, make_plan
 from qlora_dist.resume import check_change
 from qlora_dist.spec import RunSpec
@@ -145,12 +146,6 @@ def _check(plan: Plan, run: RunDir, backend: Backend | None, named: Sequence[str
 
 def _failure_text(run: RunDir, end: RankEnd) -> str:
     attempt = newest_attempt(run)
-    if end.code == ends.USER_ERROR or attempt is None:
+    if attempt is None:
         return f"qlora: {end.cause}\n"
-    if end.cause == ends.SILENT:
-        logs = f"{run.rank_log(attempt, end.rank)} and {run.launcher_log(attempt)}"
-        return f"qlora: rank {end.rank} {end.cause}\nwhat it left: {logs}\n"
-    if end.code == ends.HANG:
-        return f"qlora: {end.cause}\nstacks: {run.rank_log(attempt, 0).parent}/rank_*.log\n"
-    log = run.rank_log(attempt, end.rank)
-    return f"qlora: {end.cause}\nrank {end.rank} failed after step {end.step}; its log: {log}\n"
+    return "".join(f"{line}\n" for line in failure_lines(run, attempt, end))

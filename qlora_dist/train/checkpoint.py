@@ -69,6 +69,7 @@ class Part:
     """One process's part of a run: what is saved and restored.
 
     Attributes:
+        attempt: Of the run; what an older one saves, when a newer has begun, is not committed.
         parameters: Trainable parameters by name, equal on all ranks.
         optimizer: Theirs.
         target_modules: Layers that the adapter is on, as PEFT names them.
@@ -77,6 +78,7 @@ class Part:
     """
 
     run: RunDir
+    attempt: int
     spec: RunSpec
     world: World
     parameters: Mapping[str, nn.Parameter]

@@ -18,6 +18,7 @@ from qlora_dist import checkpoints, faults
 from qlora_dist.checkpoints import Written
 from qlora_dist.errors import CheckpointError, QLoRAError
 from qlora_dist.files import SEEN_WITHIN_S, fsync_file, sha256_file, wait_for, write_json
+from qlora_dist.layout import newest_attempt
 from qlora_dist.train.checkpoint import ADAPTER, OPTIMIZER, STATE, Part, TrainState, rng_name
 from qlora_dist.train.generators import get_rng
 from qlora_dist.train.log import Metrics
@@ -200,6 +201,7 @@ class Saver:
 
         def commit() -> None:
             self._check_metrics(state)
+            self._check_attempt()
             facts = self._part.facts()
             checkpoints.commit(partial, step=state.step, facts=facts, files=files)
 
@@ -233,6 +235,15 @@ class Saver:
             raise CheckpointError(f"{path} lacks its last lines, which the disk refused")
         if path.exists():
             fsync_file(path)
+
+    def _check_attempt(self) -> None:
+        """Nothing is committed under the eyes of a newer attempt, which may have read the folder.
+
+        Slurm starts one when it cannot reach a node; what runs there may reach the storage.
+        """
+        newest = newest_attempt(self._part.run)
+        if newest is not None and newest > self._part.attempt:
+            raise CheckpointError(f"attempt {newest} has begun: this one is over")
 
     def _write_state(
         self, partial: Path, state: TrainState, tensors: Mapping[str, torch.Tensor]

@@ -130,7 +130,17 @@ def _train(
     strategy = STRATEGIES[spec.strategy.kind](world)
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, parameters)
-    part = Part(run, spec, world, parameters, optimizer, targets, corpus.store.sha256, log.say)
+    part = Part(
+        run=run,
+        attempt=progress.attempt,
+        spec=spec,
+        world=world,
+        parameters=parameters,
+        optimizer=optimizer,
+        target_modules=targets,
+        corpus_sha256=corpus.store.sha256,
+        say=log.say,
+    )
     state = TrainState()
     if checkpoint is not None:
         state = restore(part, checkpoint)

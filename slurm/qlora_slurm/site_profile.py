@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from qlora_dist.environment import holds_secret, says_secret
 from qlora_dist.errors import SpecError, UserError
-from qlora_dist.spec import TIME, Count, Section, Text
+from qlora_dist.spec import Count, Section, Text, TimeLimit
 from qlora_dist.spec_file import parse_yaml
 
 # Profiles that come with the project lie beside this package, in a checkout.
@@ -81,7 +81,7 @@ class Profile(Section):
     many GPUs."""
     cpus: Count | None = None
     """CPU cores of each node; by default resources.cpus_per_process for each process."""
-    time: Annotated[str, Field(pattern=TIME)] | None = None
+    time: TimeLimit | None = None
     """Time limit where a config has none, [days-]hours:minutes:seconds."""
     mem_gb: Annotated[float, Field(gt=0)] | None = None
     """Host memory of each node, in GB. Without it some clusters give a job the whole node's, and

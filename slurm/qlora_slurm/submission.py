@@ -54,7 +54,7 @@ def _refused(case: Case, what: str, limit: str, wish: str) -> Finding:
         "YES": "sbatch refuses the job",
     }.get(enforced or "", "sbatch may refuse the job, or it waits for ever")
     by = (limit, f"EnforcePartLimits={enforced or 'unknown'}")
-    return Finding("submission", f"{what}: {follows}.", by, None, (wish,))
+    return Finding("submission", f"{what}: {follows}.", by, None, (wish,), never_starts=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _nodes(case: Case, partition: Partition) -> Iterator[Finding]:
         change = f"less of {', '.join(keys)}, or another partition"
         if not short and len(fit) == len(nodes):
             change = f"resources.nodes={len(nodes)} or fewer, or another partition"
-        yield Finding("submission", what, tuple(by) or (size,), None, (change,))
+        yield Finding("submission", what, tuple(by) or (size,), None, (change,), never_starts=True)
     elif works < asked:
         what = f"Of the {size}, {len(fit)} fit, and {works} work now: the job waits for others."
         yield Finding("submission", what, ("states of the nodes",))
@@ -145,14 +145,15 @@ def _qos(case: Case) -> Iterator[Finding]:
         return
     if name not in known:
         what = f"There is no QOS {name}: sbatch refuses the job."
-        yield Finding("submission", what, (f"QOS of this cluster: {', '.join(known)}",))
+        by = (f"QOS of this cluster: {', '.join(known)}",)
+        yield Finding("submission", what, by, never_starts=True)
     elif case.time_s > known[name].max_time_s and case.site.config.enforces_limits:
         limit = f"MaxWall={clock(known[name].max_time_s)} of QOS {name}"
         what = (
             f"It asks for {clock(case.time_s)}, more than {limit}: it is refused or waits for ever."
         )
         wish = f"resources.time={clock(known[name].max_time_s)} or less"
-        yield Finding("submission", what, (limit,), None, (wish,))
+        yield Finding("submission", what, (limit,), None, (wish,), never_starts=True)
 
 
 def clock(seconds: float) -> str:

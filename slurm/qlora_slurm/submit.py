@@ -21,9 +21,13 @@ from qlora_dist.files import write_json, write_text
 from qlora_dist.layout import CONTAINER, SWEEP, RunDir, open_run, sweep_runs
 from qlora_dist.ledger import standing
 from qlora_dist.plan import Plan
-from qlora_dist.scheduler import live_jobs, refuse_queued
+from qlora_dist.scheduler import SchedulerError, live_jobs, refuse_queued
+from qlora_slurm.ask import read_site
+from qlora_slurm.case import Case
 from qlora_slurm.container import container_json
 from qlora_slurm.script import Job, batch_script, command, parameters, pass_env
+from qlora_slurm.site_profile import load_profile
+from qlora_slurm.submission import submission
 
 
 class SlurmBackend:
@@ -69,7 +73,9 @@ class SlurmBackend:
         Raises:
             UserError: Slurm refuses the job.
         """
-        job = self._send(Job(plan, run.root, (run.root,), after=self._jobs_before()), say)
+        after = self._jobs_before()
+        _say_if_it_never_starts(plan, say)
+        job = self._send(Job(plan, run.root, (run.root,), after=after), say)
         say(
             f"submitted job {job}: {plan.topology.nodes} node(s); follow it with: "
             f"qlora logs -f {shlex.quote(str(run.root))}"
@@ -92,6 +98,7 @@ class SlurmBackend:
         """
         job = self._sweep(runs, plan, parallel)
         folder = job.folder
+        _say_if_it_never_starts(plan, say)
         for element, run in enumerate(runs):
             write_json(run.element_json, {"sweep": job.sweep, "element": element})
         names = dict.fromkeys([*sweep_runs(folder), *(root.name for root in job.runs)])
@@ -151,6 +158,16 @@ class SlurmBackend:
                 say(f"sbatch failed, and the job is in the queue: {_last_words(error)}")
                 return jobs[0]
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
+
+
+def _say_if_it_never_starts(plan: Plan, say: Callable[[str], None]) -> None:
+    """Warn of a job that would wait for ever if sbatch takes it."""
+    profile = load_profile(plan.spec.resources.profile)
+    with contextlib.suppress(SchedulerError):
+        for finding in submission(Case(read_site(profile.partition), plan, profile)):
+            if finding.never_starts:
+                change = f" Change it: {'; '.join(finding.change)}." if finding.change else ""
+                say(f"warning: {finding.what}{change}")
 
 
 @contextlib.contextmanager

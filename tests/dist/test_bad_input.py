@@ -133,3 +133,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run_for_good(config, qlora, tmp_p
     path = config(optimizer__lr=1e30, optimizer__max_grad_norm=None)
     done = qlora("run", path, code=93)
     assert "Try a lower optimizer.lr" in done.stderr
+    for follow in ((), ("-f",)):
+        done = qlora("logs", tmp_path / "run", *follow, code=93 if follow else 0)
+        assert "Try a lower optimizer.lr" in done.stdout
+
+
+def test_a_time_limit_of_another_form(config, qlora):
+    path = config(resources__time="5h")
+    done = qlora("plan", path, code=2)
+    assert "resources.time: should be [days-]hours:minutes:seconds" in done.stderr
+    assert "got '5h'" in done.stderr

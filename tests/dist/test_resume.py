@@ -178,3 +178,14 @@ def test_another_corpus_is_refused(config, qlora, stop, tmp_path, pairs_file):
         file.write(json.dumps({"input": "one", "output": "more"}) + "\n")
     done = qlora("resume", tmp_path / "run", code=1)
     assert "the data is not the one that the run began with" in done.stderr
+
+
+def test_nothing_is_committed_once_a_newer_attempt_has_begun(half_run, start):
+    """As on a node that Slurm has given up, and that still reaches the storage."""
+    process = start("resume", half_run.root, count=len(records(half_run)) + 1)
+    half_run.attempt(2).mkdir()
+    before = checkpoints.newest_step(half_run.checkpoints)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    assert "attempt 2 has begun: this one is over" in output
+    assert checkpoints.newest_step(half_run.checkpoints) == before

@@ -171,7 +171,7 @@ def test_a_run_is_not_submitted_twice(slurm, testbed, tmp_path):
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        ({"partition": "nowhere"}, "sbatch refused the job: invalid partition specified: nowhere"),
+        ({"partition": "nowhere"}, "partition: 'nowhere' is none of this cluster's"),
         ({"mem_gb": 100_000}, "sbatch refused the job"),
     ],
 )

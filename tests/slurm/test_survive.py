@@ -1,7 +1,8 @@
 """Whatever happens to a job, its run comes back; `make slurm-faults` has every setting."""
 
 import pytest
-from slurm_faults import FAULTS, SlurmFaults
+from slurm_faults import SlurmFaults
+from slurm_strikes import FAULTS
 
 pytestmark = pytest.mark.matrix
 

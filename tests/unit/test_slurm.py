@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 
 import pytest
@@ -12,12 +12,14 @@ import pytest
 from qlora_dist import ends
 from qlora_dist.ends import RankEnd
 from qlora_dist.errors import SpecError, UserError
+from qlora_dist.files import write_json
 from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress
 from qlora_dist.plan import make_plan
 from qlora_dist.requeue import BUDGETS, decide
 from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, comment_of, parse_job
 from qlora_dist.spec_file import spec_from_tree
+from qlora_launch.show_runs import list_text
 from qlora_slurm.script import Job, batch_script
 from qlora_slurm.site_profile import load_profile
 from qlora_slurm.submit import SlurmBackend
@@ -296,3 +298,21 @@ def test_a_profile_that_is_not_one(tmp_path):
     file.write_text("partitoin: gpu\n")
     with pytest.raises(SpecError, match="partitoin: no such key; did you mean partition"):
         load_profile(str(file))
+
+
+def test_a_list_without_slurm_names_the_reason_once_a_run_and_knows_what_is_done(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    spec = spec_from_tree({**GOOD, "resources": {"backend": "slurm"}}, source="test")
+    for name, code in (("ended", ends.DONE), ("waits", None)):
+        run = RunDir(tmp_path / name)
+        run.attempt(0).mkdir(parents=True)
+        write_json(run.run_json, {"spec": spec.model_dump(mode="json")})
+        tree = {"attempt": 0, "launcher": {"job": "7", "restart": 0}, "started_at": 1.0}
+        end = {} if code is None else {"ended_at": 2.0, "end": asdict(make_end(code))}
+        write_json(run.attempt(0) / "attempt.json", {**tree, "began_after": 0, **end})
+    rows = list_text(tmp_path).splitlines()
+    assert rows[1].split()[:2] == ["ended", "done"]
+    assert rows[2].split()[:2] == ["waits", "unknown"]
+    assert rows[2].endswith("squeue is not on this machine; run this where Slurm is")
