@@ -86,10 +86,10 @@ gpu-test:
 
 # Every fault in every pair of settings, about an hour; ARGS="--only preempted --settings 1 2".
 slurm-faults: $(READY)
-	$(PYTHON) bench/slurm_faults.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/slurm/testbed $(PYTHON) bench/slurm_faults.py $(ARGS)
 
 slurm-losses: $(READY)
-	$(PYTHON) bench/slurm_losses.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/slurm/testbed $(PYTHON) bench/slurm_losses.py $(ARGS)
 
 slurm-testbed: $(READY)
 	$(PYTHON) slurm/testbed/qlora_testbed.py up .cache/slurm $(ARGS)
