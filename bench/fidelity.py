@@ -53,7 +53,7 @@ def run_ours(folder: Path, model: Path, data: Path, processes: int, accumulation
     checkpoints = sorted((folder / "ours" / "checkpoints").iterdir())
     gradients, before = {}, {}
     for step, checkpoint in enumerate(checkpoints):
-        moments = load_file(checkpoint / "optimizer.safetensors")
+        moments = load_file(checkpoint / "optimizer" / "00000.safetensors")
         now = {k.removesuffix(".exp_avg"): m for k, m in moments.items() if k.endswith(".exp_avg")}
         for key, moment in now.items():
             past = before.get(key, torch.zeros_like(moment)).double()

@@ -88,7 +88,19 @@ def save_table(folder, shape_name):
             parameter.grad = None
         said = []
         metrics = Metrics(run.metrics, world, 0)
-        part = Part(run, 0, spec, world, parameters, optimizer, [], "", said.append)
+        part = Part(
+            run=run,
+            attempt=0,
+            spec=spec,
+            world=world,
+            parameters=parameters,
+            owned=parameters,
+            saves_moments=True,
+            optimizer=optimizer,
+            target_modules=[],
+            corpus_sha256="",
+            say=said.append,
+        )
         saver = Saver(part, metrics, TrainState())
         begin = time.monotonic()
         saver.prepare()
@@ -153,7 +165,8 @@ def steps_a_second(spec, corpus, num_batches):
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     attention = attention_of(spec)
-    model = add_adapter(load_base(spec, device=DEVICE, attention=attention), spec.adapter, seed=0)
+    base = load_base(spec, device=DEVICE, attention=attention)
+    model = add_adapter(base, spec.adapter, seed=0, device=DEVICE)
     model.train()
     parameters = trainable(model)
     size = spec.batch.micro_size

@@ -71,7 +71,7 @@ def make_tiny_model(folder: Path) -> Path:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=64,
-        intermediate_size=160,
+        intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

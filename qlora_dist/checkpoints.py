@@ -26,6 +26,8 @@ from qlora_dist.files import (
     write_json,
 )
 
+# Inside a checkpoint, for files of every rank.
+FOLDERS = ("optimizer", "rng")
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"^step_(\d{6,})$")
@@ -59,7 +61,8 @@ def begin(checkpoints: Path, step: int) -> Path:
     checkpoints.mkdir(mode=0o700, exist_ok=True)
     partial = partial_path(checkpoints, step)
     remove_tree(partial)
-    (partial / "rng").mkdir(mode=0o700, parents=True)
+    for name in FOLDERS:
+        (partial / name).mkdir(mode=0o700, parents=True)
     return partial
 
 
@@ -97,7 +100,8 @@ def commit(
     Raises:
         OSError: The storage refused; the folder is still a partial one.
     """
-    fsync_dir(partial / "rng")
+    for name in FOLDERS:
+        fsync_dir(partial / name)
     faults.reach("save-manifest")
     write_json(
         partial / MANIFEST,

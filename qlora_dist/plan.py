@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qlora_dist.errors import PlanError
-from qlora_dist.memory import GPU_MIB, MemoryPlan, adapter_params, gpu_bytes, plan_memory
+from qlora_dist.memory import GPU_MIB, NF4_BLOCK, MemoryPlan, adapter_params, gpu_bytes, plan_memory
 from qlora_dist.resume import spec_sha256
 from qlora_dist.shapes import ModelShape, find_shape
 from qlora_dist.spec import RunSpec
 
 # Strategies and backends that a run may use today; the rest are planned and rendered only.
-RUNNABLE_STRATEGIES = ("single", "ddp")
+RUNNABLE_STRATEGIES = ("single", "ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,12 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
                     f"adapter.target: no linear layer is called {name!r}; there are "
                     f"{', '.join(shape.linears)}" + (f". Did you mean {near[0]}?" if near else "")
                 )
+    widths = {width for _, width in shape.linears.values()}
+    if spec.quantization.kind == "nf4" and (odd := sorted(w for w in widths if w % NF4_BLOCK)):
+        problems.append(
+            f"quantization.kind: nf4 has blocks of {NF4_BLOCK} weights, which do not divide rows "
+            f"of {', '.join(map(str, odd))}; use quantization.kind=none"
+        )
     if spec.model.attention == "varlen" and not _has_varlen(spec):
         problems.append("model.attention: varlen needs a GPU and dtype bf16; use sdpa")
     if shape.num_heads % shape.num_kv_heads:

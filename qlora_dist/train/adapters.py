@@ -30,11 +30,11 @@ def target_modules(base: nn.Module, adapter: LoraAdapter) -> list[str]:
     return sorted(set(adapter.target))
 
 
-def add_adapter(base: Any, adapter: LoraAdapter, *, seed: int) -> Any:
-    """Put a fresh adapter around the base.
+def add_adapter(base: Any, adapter: LoraAdapter, *, seed: int, device: torch.device) -> Any:
+    """Put a fresh adapter around the base, whose weights may still be missing.
 
-    Its weights are drawn on the CPU from the seed and each parameter's name, so that they are the
-    same on every device and at every world size.
+    Its own weights are drawn on the CPU from the seed and each parameter's name, so that they are
+    the same on every device and at every world size.
 
     Returns:
         A ``PeftModel`` whose only trainable parameters are the adapter's, in ``adapter.dtype``.
@@ -59,19 +59,28 @@ def add_adapter(base: Any, adapter: LoraAdapter, *, seed: int) -> Any:
     }
     if odd := sorted(wanted ^ got):
         raise ModelError(f"adapter.target: PEFT adapts other layers than the plan: {odd[:3]}")
-    for name, parameter in trainable(model).items():
-        parameter.data = parameter.data.to(DTYPES[adapter.dtype])
-        parameter.data.copy_(_initial(name, parameter.shape, seed=seed))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.requires_grad:
+            value = _initial(_saved_name(name), parameter.shape, seed=seed)
+            path, _, own = name.rpartition(".")
+            # PEFT puts it beside the base's weight, on the meta device if that is there.
+            model.get_submodule(path)._parameters[own] = nn.Parameter(
+                value.to(device, DTYPES[adapter.dtype])
+            )
     return model
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by the name that PEFT saves them under, in the order of the model."""
     return {
-        name.replace(".default.", "."): parameter
+        _saved_name(name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _saved_name(name: str) -> str:
+    return name.replace(".default.", ".")
 
 
 def _initial(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 ::
 
     adapter.safetensors     trainable parameters
-    optimizer.safetensors   moments
+    optimizer/00000.safetensors   moments, of each rank that has some of its own
     rng/00000.safetensors   generators of each rank
     state.json              TrainState, the spec, and what PEFT needs to load the adapter
     manifest.json           sizes and hashes of the rest; see qlora_dist.checkpoints
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +33,7 @@ from qlora_dist.train.generators import seed_rng, set_rng
 from qlora_dist.train.optimizer import set_moments
 from qlora_dist.train.world import World
 
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER, STATE = "adapter.safetensors", "state.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -71,6 +72,8 @@ class Part:
     Attributes:
         attempt: Of the run; what an older one saves, when a newer has begun, is not committed.
         parameters: Trainable parameters by name, equal on all ranks.
+        owned: Those that this process's optimizer is for.
+        saves_moments: Whether it writes their moments.
         optimizer: Theirs.
         target_modules: Layers that the adapter is on, as PEFT names them.
         corpus_sha256: Of the corpus; a run goes on only with the one it began with.
@@ -82,6 +85,8 @@ class Part:
     spec: RunSpec
     world: World
     parameters: Mapping[str, nn.Parameter]
+    owned: Mapping[str, nn.Parameter]
+    saves_moments: bool
     optimizer: Any
     target_modules: list[str]
     corpus_sha256: str
@@ -103,6 +108,11 @@ class Part:
 def rng_name(rank: int) -> str:
     """A rank's generators, as a name in a checkpoint."""
     return f"rng/{rank:05d}.safetensors"
+
+
+def moments_name(rank: int) -> str:
+    """The moments that a rank saves, as a name in a checkpoint."""
+    return f"optimizer/{rank:05d}.safetensors"
 
 
 def restore(part: Part, checkpoint: Checkpoint) -> TrainState:
@@ -130,10 +140,30 @@ def restore(part: Part, checkpoint: Checkpoint) -> TrainState:
     for name, parameter in part.parameters.items():
         parameter.data.copy_(weights[name])
     state = TrainState(**tree["train"])
-    saved = load_file(path / OPTIMIZER)
-    set_moments(part.spec.optimizer, part.optimizer, part.parameters, saved, step=state.step)
+    saved = _read_moments(part, checkpoint)
+    set_moments(part.spec.optimizer, part.optimizer, part.owned, saved, step=state.step)
     _restore_rng(part, checkpoint, state)
     return state
+
+
+def _read_moments(part: Part, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Moments of this process's parameters, whichever ranks saved them.
+
+    Raises:
+        CheckpointError: There are moments of other parameters than the run's.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name in sorted(checkpoint.manifest["files"]):
+        if not name.startswith("optimizer/"):
+            continue
+        with safe_open(checkpoint.path / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                parameter = key.rpartition(".")[0]
+                if parameter not in part.parameters:
+                    raise CheckpointError(f"{checkpoint.path}: does not fit the model: {key}")
+                if parameter in part.owned:
+                    found[key] = file.get_tensor(key)
+    return found
 
 
 def _restore_rng(part: Part, checkpoint: Checkpoint, state: TrainState) -> None:

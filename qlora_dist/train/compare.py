@@ -31,11 +31,15 @@ def fingerprint(run: RunDir) -> dict[str, str]:
     path = checkpoints.committed_paths(run.checkpoints)[0]
     state = json.loads((path / STATE).read_text(encoding="utf-8"))["train"]
     del state["metrics_bytes"]  # times in metrics.jsonl have no fixed width
+    parts: dict[str, dict[str, Any]] = {}
+    for file in sorted(path.rglob("*.safetensors")):
+        name = file.relative_to(path).as_posix()
+        # However the moments are shared out, they are the run's.
+        parts.setdefault(name.split("/")[0] if "optimizer/" in name else name, {}).update(
+            load_file(file)
+        )
     return {
-        **{
-            file.relative_to(path).as_posix(): tensors_sha256(load_file(file))
-            for file in sorted(path.rglob("*.safetensors"))
-        },
+        **{name: tensors_sha256(tensors) for name, tensors in parts.items()},
         "state": json.dumps(state, sort_keys=True),
     }
 

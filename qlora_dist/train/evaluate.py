@@ -40,31 +40,21 @@ def evaluation_loss(
             faults.reach("evaluation")
             index = turn * world.size + world.rank
             part = samples[index * micro_size : (index + 1) * micro_size]
-            if part:
-                batch = make_batch(
-                    [[s] for s in part], flat=flat, pad_id=pad_id, device=world.device
-                )
-                with autocast():
-                    losses.append(float(summed_loss(model, batch)))
+            # A rank with nothing left to do goes along: a sharded model needs every rank.
+            rows = [[sample] for sample in part or samples[:1]]
+            batch = make_batch(rows, flat=flat, pad_id=pad_id, device=world.device)
+            with autocast():
+                loss = float(summed_loss(model, batch))
+            losses.append(loss if part else 0.0)
     total = math.fsum(row[0] for row in world.gather([math.fsum(losses)]))
     return total / num_targets
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off and back on.
-
-    bitsandbytes' layers are put in training mode: out of it, on CPUs with AVX-512 BF16, they repack
-    their weights in place, which changes the numerics of all that follows, and fails where a width
-    is no multiple of 64 (bitsandbytes 0.50.2).
-    """
-    from bitsandbytes.nn import Linear4bit
-
+    """Switch dropout off and back on."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
-    for module, _ in before:
-        if isinstance(module, Linear4bit):
-            module.train()
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.batch import IGNORE, make_batch
 from qlora_dist.train.consolidate import PEFT_WEIGHTS
 from qlora_dist.train.evaluate import evaluation_mode
-from qlora_dist.train.load import load_base, quantised_layers
+from qlora_dist.train.load import load_base
 from qlora_dist.train.ticker import Ticker
 
 # Bounds what the trained model's log-probabilities take: 1 GiB for a vocabulary of 131,072.
@@ -153,13 +153,8 @@ def _samples(run: RunDir, spec: RunSpec) -> tuple[Sequence[Sample], str]:
 
 
 def _load_trained(run: RunDir, spec: RunSpec, device: torch.device) -> Any:
-    from bitsandbytes.nn import Linear4bit
-
     base = load_base(spec, device=device, attention=_ATTENTION)
-    found = {name for name, module in base.named_modules() if isinstance(module, Linear4bit)}
-    if odd := sorted(found ^ quantised_layers(spec)):
-        raise ModelError(f"model.source: transformers quantises other layers than ours: {odd[:3]}")
-    model = add_adapter(base, spec.adapter, seed=spec.seed)
+    model = add_adapter(base, spec.adapter, seed=spec.seed, device=device)
     parameters = trainable(model)
     with safe_open(run.adapter / PEFT_WEIGHTS, "pt") as file:
         if odd := sorted(set(parameters) ^ set(file.keys())):

@@ -11,13 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora_dist.errors import ModelError, RunDirError
-from qlora_dist.hub import explain, read_token
 from qlora_dist.layout import RunDir
 from qlora_dist.memory import NF4_BLOCK
 from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train.consolidate import PEFT_WEIGHTS
+from qlora_dist.train.load import COMPANIONS, base_folder, quantised_layers
 from qlora_dist.train.load import DTYPES as MODEL_DTYPES
-from qlora_dist.train.load import quantised_layers
 from qlora_dist.train.tensor_file import DTYPES, Entry, write_tensors
 
 # What the adapter is added to: the base as it was published, or as the adapter saw it in training.
@@ -25,8 +24,6 @@ BaseKind = Literal["16bit", "dequantized"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Everything that a loader reads beside the weights.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def open_sources(run: RunDir, spec: RunSpec, *, kinds: Collection[BaseKind]) -> 
             that training quantised.
     """
     adapter = Adapter(run, scale=spec.adapter.alpha / spec.adapter.r)
-    folder = _base_folder(spec)
+    folder = base_folder(spec)
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
@@ -145,7 +142,7 @@ def write_merged(
         SafetensorError: A file of the base cannot be read.
     """
     folder.mkdir(mode=0o700, parents=True)
-    for pattern in _COMPANIONS:
+    for pattern in COMPANIONS:
         for path in sources.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     _set_dtype(folder / "config.json")
@@ -157,33 +154,6 @@ def write_merged(
                 metadata=file.metadata() or {"format": "pt"},
                 on_tensor=on_tensor,
             )
-
-
-def _base_folder(spec: RunSpec) -> Path:
-    """The base's folder: local, or in the hub's cache, fetched if need be.
-
-    Raises:
-        ModelError: It is missing or gated.
-    """
-    path = Path(spec.model.source).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                spec.model.source,
-                revision=spec.model.revision,
-                allow_patterns=[*_COMPANIONS, "*.safetensors"],
-                # Second copies of the weights, which `qlora prefetch` leaves out too.
-                ignore_patterns=["*/*", "consolidated*"],
-                token=read_token(spec.model.token_file),
-            )
-        )
-    except (OSError, ValueError) as error:
-        message = explain(error, kind="model", key="model.source", source=spec.model.source)
-        raise ModelError(message) from error
 
 
 def _open_weights(run: RunDir) -> Any:

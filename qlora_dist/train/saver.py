@@ -19,7 +19,7 @@ from qlora_dist.checkpoints import Written
 from qlora_dist.errors import CheckpointError, QLoRAError
 from qlora_dist.files import SEEN_WITHIN_S, fsync_file, sha256_file, wait_for, write_json
 from qlora_dist.layout import newest_attempt
-from qlora_dist.train.checkpoint import ADAPTER, OPTIMIZER, STATE, Part, TrainState, rng_name
+from qlora_dist.train.checkpoint import ADAPTER, STATE, Part, TrainState, moments_name, rng_name
 from qlora_dist.train.generators import get_rng
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.optimizer import moment_bytes, moments
@@ -84,13 +84,13 @@ class Saver:
 
     def prepare(self) -> None:
         """Take the memory for copies before training, where nobody waits for it."""
-        if self._world.rank != 0:
-            return
         size = 0
-        for parameter in self._part.parameters.values():
-            size += parameter.nbytes + moment_bytes(self._part.spec.optimizer, parameter)
-            # The parameter, and at most two moments with their constants.
-            size += 5 * ALIGNMENT
+        if self._world.rank == 0:
+            size += sum(p.nbytes + ALIGNMENT for p in self._part.parameters.values())
+        if self._part.saves_moments:
+            for parameter in self._part.owned.values():
+                # At most two moments with their constants.
+                size += moment_bytes(self._part.spec.optimizer, parameter) + 4 * ALIGNMENT
         self._snapshot.reserve(size, page_locked=self._world.device.type == "cuda")
 
     def due(self, state: TrainState, *, improved: bool) -> bool:
@@ -113,18 +113,25 @@ class Saver:
         self.poll(wait=True)
         begin = time.monotonic()
         rng = get_rng(self._world.device)
-        tensors: dict[str, torch.Tensor] = {}
-        if self._world.rank == 0:
-            tensors = {f"{ADAPTER}:{name}": p for name, p in self._part.parameters.items()}
-            own = moments(self._part.optimizer, self._part.parameters)
-            tensors |= {f"{OPTIMIZER}:{name}": tensor for name, tensor in own.items()}
-            tensors = self._snapshot.take(tensors)
+        tensors = self._snapshot.take(self._tensors())
         self._metrics.flush()
         state = replace(state, metrics_bytes=self._metrics.bytes)
         self._tried = state
         waited = time.monotonic() - begin
         self._save = _Save(state, waited, lambda save: self._write(save, tensors, rng))
         self._save.start()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What this process writes, as ``FILE:TENSOR``; the tensors themselves."""
+        part = self._part
+        found: dict[str, torch.Tensor] = {}
+        if self._world.rank == 0:
+            found |= {f"{ADAPTER}:{name}": p for name, p in part.parameters.items()}
+        if part.saves_moments:
+            file = moments_name(self._world.rank)
+            own = moments(part.optimizer, part.owned)
+            found |= {f"{file}:{name}": tensor for name, tensor in own.items()}
+        return found
 
     def poll(self, *, wait: bool = False) -> None:
         """See whether the save that was started has ended, on all ranks; say so if it has."""
@@ -192,12 +199,14 @@ class Saver:
             checkpoints.begin(folder, state.step)
 
         def write() -> None:
-            wait_for(partial / "rng", SEEN_WITHIN_S)
+            wait_for(partial / checkpoints.FOLDERS[-1], SEEN_WITHIN_S)
             faults.reach("save-write")
             name = rng_name(self._world.rank)
             files[name] = _write_tensors(partial / name, rng)
+            own = self._by_file(tensors)
+            files.update({name: _write_tensors(partial / name, own[name]) for name in own})
             if self._world.rank == 0:
-                files.update(self._write_state(partial, state, tensors))
+                files.update(self._write_state(partial, state))
 
         def commit() -> None:
             self._check_metrics(state)
@@ -245,17 +254,17 @@ class Saver:
         if newest is not None and newest > self._part.attempt:
             raise CheckpointError(f"attempt {newest} has begun: this one is over")
 
-    def _write_state(
-        self, partial: Path, state: TrainState, tensors: Mapping[str, torch.Tensor]
-    ) -> dict[str, Written]:
-        files = {}
-        for file in (ADAPTER, OPTIMIZER):
-            own = {
-                name.removeprefix(f"{file}:"): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{file}:")
-            }
-            files[file] = _write_tensors(partial / file, own)
+    def _by_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors by file; a file of moments is there before the first of them is."""
+        mine = [ADAPTER] * (self._world.rank == 0)
+        mine += [moments_name(self._world.rank)] * self._part.saves_moments
+        found: dict[str, dict[str, torch.Tensor]] = {file: {} for file in mine}
+        for name, tensor in tensors.items():
+            file, _, own = name.partition(":")
+            found[file][own] = tensor
+        return found
+
+    def _write_state(self, partial: Path, state: TrainState) -> dict[str, Written]:
         tree = {
             "train": asdict(state),
             "target_modules": self._part.target_modules,
@@ -263,7 +272,7 @@ class Saver:
         }
         write_json(partial / STATE, tree)
         size, sha256 = (partial / STATE).stat().st_size, sha256_file(partial / STATE)
-        return files | {STATE: Written(size, sha256)}
+        return {STATE: Written(size, sha256)}
 
     def _together(self, stage: Callable[[], None], partial: Path, *, only_rank_0: bool) -> str:
         """Do a stage, and fail on all ranks if it fails on one; returns why."""

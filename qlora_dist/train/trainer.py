@@ -131,6 +131,7 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
     for group in t.optimizer.param_groups:
         group["lr"] = lr
     t.optimizer.step()
+    t.strategy.spread()
 
     before = state.position
     state = replace(

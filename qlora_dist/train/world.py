@@ -8,7 +8,7 @@ pickled.
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -250,6 +250,25 @@ class World:
                 f"a sum over all processes should be {wanted:g} and is {value[0].item():g} on rank "
                 f"{self.rank}: the network or a GPU does not work"
             )
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all ranks on the device, ``(n, k)`` of each, as ``(size * n, k)``."""
+        if self.size == 1:
+            return rows
+        whole = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(whole, rows)
+        return whole
+
+    def share_parts(self, parts: Sequence[torch.Tensor]) -> None:
+        """Give every rank the part of each: the rank's own is sent, the others are overwritten."""
+        if self.size > 1:
+            sent = [
+                dist.broadcast(part, src=rank, async_op=True)
+                for rank, part in enumerate(parts)
+                if part.numel()
+            ]
+            for work in sent:
+                work.wait()
 
     def sum_in_place(self, buffer: torch.Tensor) -> None:
         """Sum a tensor on the device over all ranks."""

@@ -123,8 +123,8 @@ def test_a_folder_that_is_no_run(qlora, tmp_path):
 
 
 def test_a_strategy_that_does_not_run_yet(config, qlora, tmp_path):
-    done = qlora("run", config(strategy__kind="fsdp"), code=2)
-    assert "fsdp is planned and rendered, and does not run yet" in done.stderr
+    done = qlora("run", config(strategy__kind="zero3"), code=2)
+    assert "zero3 is planned and rendered, and does not run yet" in done.stderr
     assert not (tmp_path / "run").exists()
     assert "fsdp_version: 2" in qlora("run", config(strategy__kind="fsdp"), "--dry-run").stdout
 

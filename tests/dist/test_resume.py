@@ -26,8 +26,8 @@ def test_a_run_stopped_twice_is_the_unbroken_run(whole_run, half_run, qlora, sto
 
 
 def drop_moments(path):
-    moments = load_file(path / "optimizer.safetensors")
-    save_file({k: torch.zeros_like(v) for k, v in moments.items()}, path / "optimizer.safetensors")
+    file = path / "optimizer" / "00000.safetensors"
+    save_file({k: torch.zeros_like(v) for k, v in load_file(file).items()}, file)
 
 
 def drop_generators(path):

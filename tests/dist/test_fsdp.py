@@ -1,0 +1,91 @@
+"""Sharded runs: the same bytes as on one device, and the same run as under ddp, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.layout import RunDir
+from qlora_dist.train.compare import differences
+
+BENCH = Path(__file__).parent.parent.parent / "bench"
+
+
+def shard_bytes(processes, *arguments):
+    """What bench/shard_bytes.py counts, on gloo processes."""
+    root = str(BENCH.parent)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={processes}", str(BENCH / "shard_bytes.py"), *arguments),
+        ],
+        env=os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [(2, ["--recompute"]), (3, []), (2, ["--single", "--dtype", "fp32"])],
+)
+def test_what_a_rank_computes_with_is_what_one_device_would_have_made(processes, arguments):
+    counted = shard_bytes(processes, *arguments)
+    assert counted["matrices"] >= processes * 150
+    assert counted["compared"] > 10_000_000
+    assert counted["different"] == 0
+
+
+def test_the_comparison_sees_one_bit():
+    counted = shard_bytes(2, "--damage")
+    assert counted["different"] == counted["matrices"] > 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_a_sharded_run_is_the_replicated_one(config, qlora, kind):
+    changes = {"quantization__kind": kind, "model__gradient_checkpointing": True}
+    paths = [config(name, strategy__kind=name, **changes) for name in ("ddp", "fsdp")]
+    for path in paths:
+        qlora("run", path)
+    runs = [RunDir(path.with_suffix("")) for path in paths]
+    assert differences(*runs) == []
+    sizes = [path.stat().st_size for path in sorted(runs[1].checkpoints.rglob("optimizer/*"))]
+    # Each rank has about a half of the moments, of two checkpoints.
+    assert len(sizes) == 4
+    assert max(sizes) < 1.3 * min(sizes)
+
+
+def test_a_run_goes_from_ddp_to_fsdp_and_back(half_run, whole_run, stop, qlora):
+    """Three attempts, each with another strategy: still the unbroken run."""
+    code, output = stop("resume", half_run.root, "strategy.kind=fsdp", count=5)
+    assert code == 85, output
+    assert len(list((half_run.checkpoints).glob("*/optimizer/00001.safetensors"))) >= 1
+    qlora("resume", half_run.root, "strategy.kind=ddp")
+    assert differences(whole_run, half_run) == []
+
+
+def test_three_processes_go_on_where_two_stopped(config, qlora, stop):
+    """The samples of every step are those of the plan, and every moment finds its parameter."""
+    changes = {"strategy__kind": "fsdp", "batch__global_size": 12, "adapter__dropout": 0}
+    whole, half = config("whole", **changes), config("half", **changes)
+    qlora("run", whole)
+    qlora("run", half, "--prepare")
+    run = half.with_suffix("")
+    code, output = stop("resume", run, count=4)
+    assert code == 85, output
+    done = qlora("resume", run, "resources.processes_per_node=3")
+    assert "3 processes go on where 2 stopped" in done.stdout
+    ours, theirs = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (run, whole.with_suffix(""))
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.get("samples") == other.get("samples")
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
