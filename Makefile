@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-test slurm-testbed \
+.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-shard gpu-test slurm-testbed \
 	slurm-testbed-down slurm-faults slurm-losses test-matrix clean
 
 setup: $(VENV)/.ready
@@ -79,6 +79,10 @@ gpu-line:
 gpu-exact:
 	$(PYTHON) tools/need.py gpu
 	$(PYTHON) bench/gpu_exact.py $(ARGS)
+
+gpu-shard:
+	$(PYTHON) tools/need.py gpu
+	$(PYTHON) bench/gpu_shard.py $(ARGS)
 
 gpu-test:
 	$(PYTHON) tools/need.py gpu-test

@@ -62,6 +62,7 @@ def write_config(folder, name, model, data, gpus, changes):
         "run_dir": str(folder / name),
         "deterministic": True,
         "model": {"source": str(model), "dtype": "bf16", "gradient_checkpointing": False},
+        "quantization": {"kind": "nf4"},
         "adapter": {"r": 128, "alpha": 16, "dropout": 0.05},
         "data": {
             "source": str(data),

@@ -46,6 +46,9 @@ def make_model(
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     (real or _small_tokenizer()).save_pretrained(folder)
+    del model
+    # Other processes are going to need the GPU.
+    torch.cuda.empty_cache()
     return folder
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qlora_dist.files import write_json
@@ -40,7 +40,10 @@ _WORST_FIRST = (
 # The time of an end that nobody saw: after every other.
 NEVER = float("inf")
 # The cause of a rank that left no file: killed, or crashed outside Python.
-SILENT = "ended without a word: killed, or crashed outside Python"
+_KILLED = "killed, or crashed outside Python"
+SILENT = f"ended without a word: {_KILLED}"
+# How gloo and NCCL say that another rank is no more.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -114,4 +117,10 @@ def worst(ends: Sequence[RankEnd]) -> RankEnd:
         code = end.code if end.code in _WORST_FIRST else FAILED
         return _WORST_FIRST.index(code), end.time
 
-    return min(ends, key=order)
+    first = min(ends, key=order)
+    silent = [end.rank for end in ends if end.cause == SILENT]
+    if silent and any(text in first.cause for text in _LOST):
+        # What the others see of a rank that was killed; it could not say so itself.
+        ranks = ", ".join(map(str, silent[:8]))
+        return replace(first, cause=f"{first.cause}; no word from rank {ranks}: {_KILLED}")
+    return first

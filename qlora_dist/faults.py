@@ -21,6 +21,8 @@ MOMENTS = (
     "start",
     "tokenising",
     "load",
+    "quantising",
+    "loading",
     "first-step",
     "accumulation",
     "save-begin",

@@ -18,6 +18,7 @@ FREE = frozenset(
         "name",
         "run_dir",
         "model.token_file",
+        "quantization.cache_dir",
         "data.store_dir",
         "data.num_samples",
         "checkpoint",

@@ -233,7 +233,7 @@ def data_command(args: argparse.Namespace) -> int:
     make_plan(spec)
     spec = pin(spec, ask_hub=True)
     tokenizer = load_tokenizer(spec)
-    with _RowBar() as bar:
+    with _Bar("row", "tokenising") as bar:
         store = ensure_store(
             spec, tokenizer, corpora_dir(spec, run_dir_of(spec)), on_rows=bar.update, say=_warn
         )
@@ -249,13 +249,14 @@ def data_command(args: argparse.Namespace) -> int:
     return 0
 
 
-class _RowBar:
-    """A progress bar over rows, drawn only where tokenising has to be done, on a terminal."""
+class _Bar:
+    """A progress bar, drawn only where there is something to be done, on a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str, what: str) -> None:
+        self._unit, self._what = unit, what
         self._bar: Any = None
 
-    def __enter__(self) -> "_RowBar":
+    def __enter__(self) -> "_Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -269,8 +270,40 @@ class _RowBar:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="row", desc="tokenising", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total,
+                unit=self._unit,
+                unit_scale=self._unit == "B",
+                desc=self._what,
+                dynamic_ncols=True,
+            )
         self._bar.update(done - self._bar.n)
+
+
+def quantize_command(args: argparse.Namespace) -> int:
+    """Write the base in NF4."""
+    from qlora_dist.errors import PlanError
+    from qlora_dist.plan import make_plan
+    from qlora_dist.spec import Nf4Quantization
+    from qlora_launch.pins import pin
+    from qlora_launch.rundir import absolute_paths, check_local_paths
+
+    spec = absolute_paths(_load(args))
+    nf4 = spec.quantization
+    if not isinstance(nf4, Nf4Quantization) or nf4.cache_dir is None:
+        raise PlanError("quantization.cache_dir: name the folder that quantised bases are kept in")
+    make_plan(spec)
+    check_local_paths(spec)
+    # torch is imported only for what can be done.
+    import torch
+
+    from qlora_dist.train.nf4_cache import ensure_cache
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _Bar("B", "quantising") as bar:
+        path = ensure_cache(pin(spec, ask_hub=True), device, on_bytes=bar.update, say=_warn)
+    say(f"{path}: the base in NF4")
+    return 0
 
 
 def consolidate_command(args: argparse.Namespace) -> int:

@@ -152,6 +152,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--json", action="store_true", help="for programs")
 
+    quantize = verb(
+        "quantize", commands.quantize_command, "write the base in NF4 into quantization.cache_dir"
+    )
+    _config_arguments(quantize)
+
     consolidate = verb(
         "consolidate", commands.consolidate_command, "write a checkpoint as RUN/adapter, for PEFT"
     )

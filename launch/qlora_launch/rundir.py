@@ -11,7 +11,7 @@ from qlora_dist.files import fsync_dir, write_text
 from qlora_dist.hub import looks_like_path
 from qlora_dist.layout import CONTAINER, RunDir, open_run
 from qlora_dist.resume import check_change
-from qlora_dist.spec import RunSpec
+from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_launch.code_snapshot import current_code, write_code
 from qlora_launch.render import Bundle
 
@@ -35,7 +35,12 @@ def absolute_paths(spec: RunSpec) -> RunSpec:
     if data.store_dir is not None:
         store_dir = str(Path(data.store_dir).expanduser().absolute())
         data = data.model_copy(update={"store_dir": store_dir})
-    return spec.model_copy(update={"model": model, "data": data})
+    quantization = spec.quantization
+    if isinstance(quantization, Nf4Quantization) and quantization.cache_dir is not None:
+        cache_dir = str(Path(quantization.cache_dir).expanduser().absolute())
+        quantization = quantization.model_copy(update={"cache_dir": cache_dir})
+    changes = {"model": model, "data": data, "quantization": quantization}
+    return spec.model_copy(update=changes)
 
 
 def write_run_dir(bundle: Bundle, spec: RunSpec) -> RunDir:

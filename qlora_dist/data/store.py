@@ -19,12 +19,11 @@ writer, see all of it or nothing.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,20 +31,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qlora_dist import unfinished
 from qlora_dist.data.tokens import Sample
 from qlora_dist.files import (
-    fsync_dir,
     fsync_file,
     refuse_foreign,
     remove_tree,
     sha256_file,
     write_json,
 )
-from qlora_dist.process import Process, start_ticks
 
 FORMAT = 1
 MANIFEST = "corpus.json"
-_OWNER = "owner.json"
 _DTYPES = {
     "tokens": "<i4",
     "learned": "|b1",
@@ -143,13 +140,7 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        me = Process.this()
-        self._partial = path.with_name(f"{path.name}.partial-{me.host}-{me.pid}")
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        remove_tree(self._partial)
-        self._partial.mkdir(mode=0o700)
-        write_json(self._partial / _OWNER, asdict(me))
+        self._partial = unfinished.begin(path)
         self._tokens = (self._partial / "tokens.bin").open("wb")
         self._learned = (self._partial / "learned.bin").open("wb")
         # What is kept of a sample in memory: 16 bytes, whatever its length.
@@ -204,26 +195,4 @@ class StoreWriter:
         write_json(
             self._partial / MANIFEST, {"manifest": manifest, "sha256": _manifest_sha256(manifest)}
         )
-        (self._partial / _OWNER).unlink()
-        try:
-            self._partial.rename(self._path)
-            fsync_dir(self._path.parent)
-        except OSError as error:
-            # Another writer was quicker, and its store is the same.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what writers left that are gone; one that may live, here or elsewhere, keeps its."""
-    me = Process.this()
-    for partial in path.parent.glob(f"{path.name}.partial-*"):
-        host, _, pid = partial.name.rpartition(".partial-")[2].rpartition("-")
-        try:
-            owner = Process(**json.loads((partial / _OWNER).read_text(encoding="utf-8")))
-            gone = owner.is_gone()
-        except (OSError, ValueError, TypeError):
-            # Killed before it had said who it is, or after it was done.
-            gone = host == me.host and start_ticks(int(pid)) is None if pid.isdigit() else None
-        if gone:
-            remove_tree(partial)
+        unfinished.publish(self._partial, self._path)

@@ -23,6 +23,7 @@ from qlora_dist.train.nf4 import (
     Nf4Linear,
     Nf4Tensor,
     absmax_bytes,
+    checksum,
     constants,
     nest,
     quantise_rows,
@@ -107,6 +108,7 @@ class Filling:
         share: What of it this process holds.
         gather: Joins the rows of all processes, each the same number of them.
         put: Takes a slot and this process's rows.
+        sums: Takes checksums of what this process holds, by the names in the files; None for none.
         on_bytes: Told how many bytes of how many have been used.
         on_tensor: Called after each tensor, by all processes together.
     """
@@ -119,8 +121,14 @@ class Filling:
     share: Share
     gather: Callable[[torch.Tensor], torch.Tensor]
     put: Callable[[Slot, torch.Tensor], None]
+    sums: dict[str, torch.Tensor] | None = None
     on_bytes: Callable[[int, int], None] = lambda *_: None
     on_tensor: Callable[[], None] = lambda: None
+
+    def note(self, name: str, data: torch.Tensor, first: int) -> None:
+        """Keep the checksum of this process's bytes, the first of them at a place in the tensor."""
+        if self.sums is not None:
+            self.sums[name] = checksum(data, first)
 
 
 def fill(filling: Filling) -> None:
@@ -261,6 +269,7 @@ class _Plain:
 
     def __init__(self, filling: Filling, name: str) -> None:
         self._filling, self._stored = filling, filling.files[name]
+        self._name = name
         self._first, self._count = filling.share.rows(self._stored.shape[0])
         shape = (self._count, *self._stored.shape[1:])
         self._rows = torch.empty(shape, dtype=filling.dtype, device=filling.device)
@@ -270,6 +279,8 @@ class _Plain:
         yield from pieces_of(self._stored, self._first, self._count, unit, self._use)
 
     def finish(self) -> torch.Tensor:
+        data = self._rows.reshape(-1).view(torch.uint8)
+        self._filling.note(self._name, data, self._first * self._stored.row_bytes)
         return self._rows
 
     def _use(self, data: torch.Tensor, row: int, count: int) -> None:
@@ -349,6 +360,11 @@ class _Packed:
         self._whole[part] = data.clone().view(dtype)
 
     def finish(self) -> torch.Tensor:
+        for name, rows in ((self._name, self._packed), (f"{self._name}.absmax", self._absmax)):
+            self._filling.note(name, rows[: self._count], self._first * rows.shape[1])
+        if self._filling.share.rank == 0:
+            for part, tensor in self._whole.items():
+                self._filling.note(f"{self._name}.{part}", tensor.view(torch.uint8), 0)
         said = json.loads(bytes(self._whole[_STATE].numpy()).decode())
         wanted = {
             "quant_type": "nf4",

@@ -100,13 +100,27 @@ def fill_base(
     spec: RunSpec,
     *,
     device: torch.device,
+    folder: Path | None = None,
     share: Share = WHOLE,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
     put: Callable[[Slot, torch.Tensor], None] = put_whole,
+    sums: dict[str, torch.Tensor] | None = None,
     on_bytes: Callable[[int, int], None] = lambda *_: None,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
-    """Give a base its weights; see :class:`~qlora_dist.train.fill.Filling` for the arguments.
+    """Give a base its weights.
+
+    Args:
+        base: The base.
+        spec: Names the model and its quantisation.
+        device: Where the weights go.
+        folder: Where they are read, if not where the spec says.
+        share: As in :class:`~qlora_dist.train.fill.Filling`.
+        gather: The same.
+        put: The same.
+        sums: The same.
+        on_bytes: The same.
+        on_tensor: The same.
 
     Raises:
         ModelError: The files are missing, not this model's, or it does not fit.
@@ -115,13 +129,14 @@ def fill_base(
     nf4 = spec.quantization if isinstance(spec.quantization, Nf4Quantization) else None
     filling = Filling(
         slots=base.slots,
-        files=find_files(base_folder(spec)),
+        files=find_files(folder or base_folder(spec)),
         device=device,
         dtype=DTYPES[spec.model.dtype],
         double=nf4 is not None and nf4.double,
         share=share,
         gather=gather,
         put=put,
+        sums=sums,
         on_bytes=on_bytes,
         on_tensor=on_tensor,
     )

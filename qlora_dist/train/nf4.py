@@ -19,6 +19,10 @@ from torch import nn
 from qlora_dist.memory import NESTED_BLOCK, NF4_BLOCK
 
 _ATEN = torch.ops.aten
+# Bytes that a checksum takes at a time: it needs 24 times as much memory.
+_SUM_BYTES = 4 << 20
+# 2 ** 64 divided by the golden ratio, as a signed number: neighbours get weights far apart.
+_SUM_FACTOR = 0x9E3779B97F4A7C15 - 2**64
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +132,28 @@ def constants(
     """The constants of a matrix."""
     code = functional.get_4bit_type("nf4", device=device)
     return Constants(shape, dtype, code, nested)
+
+
+def checksum(data: torch.Tensor, first: int) -> torch.Tensor:
+    """A sum over bytes, each weighted by its place; sums of parts add up to that of the whole.
+
+    It finds damage of storage or memory at the speed of the device's memory. It is no defence.
+
+    Args:
+        data: uint8, of any shape.
+        first: Place of its first byte in the whole.
+
+    Returns:
+        An int64 scalar on the device, modulo 2 ** 64.
+    """
+    flat = data.reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, len(flat), _SUM_BYTES):
+        part = flat[start : start + _SUM_BYTES].to(torch.int64)
+        begin = first + start
+        places = torch.arange(begin, begin + len(part), device=data.device)
+        total += ((part + 1) * (places * _SUM_FACTOR | 1)).sum()
+    return total
 
 
 class Nf4Tensor(torch.Tensor):

@@ -23,7 +23,6 @@ from qlora_dist.engine_config import check_files
 from qlora_dist.errors import CheckpointError, PlanError, QLoRAError, RunDirError
 from qlora_dist.files import SEEN_WITHIN_S, wait_for
 from qlora_dist.layout import RunDir, corpora_dir, open_run
-from qlora_dist.memory import GIB
 from qlora_dist.plan import Length, Plan, attention_of, make_plan, plan_length
 from qlora_dist.spec import RunSpec
 from qlora_dist.train.adapters import add_adapter, target_modules, trainable
@@ -32,7 +31,7 @@ from qlora_dist.train.checkpoint import Part, TrainState, restore
 from qlora_dist.train.consolidate import consolidate, consolidated_at
 from qlora_dist.train.generators import seed_rng
 from qlora_dist.train.gpu_check import check_gpu
-from qlora_dist.train.load import EmptyBase, check_shape, empty_base, fill_base, linear_layers
+from qlora_dist.train.load import check_shape, empty_base, linear_layers
 from qlora_dist.train.log import EverySoOften, Metrics, RunLog
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
@@ -40,8 +39,9 @@ from qlora_dist.train.preempt import Preempted, StopRequest
 from qlora_dist.train.pulse import Pulse
 from qlora_dist.train.saver import Saver
 from qlora_dist.train.stopwatch import Stopwatch
-from qlora_dist.train.strategy import STRATEGIES, Gradients, Strategy
+from qlora_dist.train.strategy import STRATEGIES, Gradients
 from qlora_dist.train.trainer import Training, fit
+from qlora_dist.train.weights import load_weights
 from qlora_dist.train.world import World
 
 
@@ -127,7 +127,7 @@ def _train(
     parameters = trainable(model)
     _say_model(log, plan, targets, parameters, num_linear)
     strategy.shard(base.model, parameters)
-    _fill(base, spec, world, strategy, check_stop, log)
+    load_weights(base, spec, world, strategy, stop, check_stop, log)
     clock.lap("model")
 
     gradients = Gradients(parameters)
@@ -277,33 +277,6 @@ def _open_store(run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log
     path = folder / world.on_rank_0("data", work, stop.here)
     wait_for(path, SEEN_WITHIN_S)
     return open_store(path, verify=False)
-
-
-def _fill(
-    base: EmptyBase,
-    spec: RunSpec,
-    world: World,
-    strategy: Strategy,
-    check_stop: Callable[[], None],
-    log: RunLog,
-) -> None:
-    """Give the base its weights, all processes in step."""
-    progress = EverySoOften(log.say)
-
-    def on_bytes(done: int, total: int) -> None:
-        world.pulse.at("loading the model")
-        progress.say(f"model: {done / GIB:.1f} of {total / GIB:.1f} GiB read")
-
-    fill_base(
-        base,
-        spec,
-        device=world.device,
-        share=strategy.share,
-        gather=world.gather_rows if strategy.share.size > 1 else lambda rows: rows,
-        put=strategy.put,
-        on_bytes=on_bytes,
-        on_tensor=check_stop,
-    )
 
 
 def _check_steps(length: Length, state: TrainState) -> None:

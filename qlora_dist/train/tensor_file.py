@@ -33,17 +33,26 @@ _CHUNK = 64 << 20
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file that is to be written.
+class Kind:
+    """What a tensor of a file is.
 
     Attributes:
         dtype: Its dtype.
         shape: Its shape.
-        make: Gives the tensor, on any device, when its turn comes.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry(Kind):
+    """One tensor of a file that is to be written.
+
+    Attributes:
+        make: Gives the tensor, on any device, when its turn comes.
+    """
+
     make: Callable[[], torch.Tensor]
 
     @classmethod
@@ -82,24 +91,65 @@ def write_tensors(
     Raises:
         OSError: It could not be written; what is there then is not to be used.
     """
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        header = _header(entries, metadata)
-        digest.update(header)
-        _write(file.fileno(), memoryview(header))
+    with TensorFile(path, entries, metadata=metadata) as file:
         for name, entry in entries.items():
             on_tensor()
-            tensor = entry.make().detach().cpu().contiguous()
-            assert tensor.dtype == entry.dtype, name
-            assert tuple(tensor.shape) == entry.shape, name
-            for chunk in _chunks(tensor):
-                digest.update(chunk)
-                _write(file.fileno(), chunk)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+            file.add(name, entry.make())
+    return file.sha256
 
 
-def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None) -> bytes:
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, as they come.
+
+    Use as a context manager; at its end the file is durable, but for its folder's own entry.
+
+    Args:
+        path: The file; replaced if it is there.
+        kinds: Dtype and shape of each tensor by name, in the order in which they will come.
+        metadata: Text for the file's header.
+
+    Attributes:
+        sha256: Of the file's bytes, in hex, once it is whole.
+
+    Raises:
+        OSError: It could not be written; what is there then is not to be used.
+    """
+
+    def __init__(
+        self, path: Path, kinds: Mapping[str, Kind], *, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._expected = iter(kinds.items())
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb", buffering=0)
+        self.sha256 = ""
+        self._put(memoryview(_header(kinds, metadata)))
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                assert next(self._expected, None) is None
+                os.fsync(self._file.fileno())
+                self.sha256 = self._digest.hexdigest()
+        finally:
+            self._file.close()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor."""
+        expected, entry = next(self._expected)
+        tensor = tensor.detach().cpu().contiguous()
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, entry.dtype, entry.shape)
+        for chunk in _chunks(tensor):
+            self._put(chunk)
+
+    def _put(self, data: memoryview) -> None:
+        self._digest.update(data)
+        _write(self._file.fileno(), data)
+
+
+def _header(entries: Mapping[str, Kind], metadata: Mapping[str, str] | None) -> bytes:
     tree: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, entry in entries.items():

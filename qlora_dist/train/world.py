@@ -128,6 +128,15 @@ class World:
         mine = torch.tensor(values, dtype=torch.float64)
         return [part.tolist() for part in self._all_gather(mine)]
 
+    def sum_ints(self, values: list[int]) -> list[int]:
+        """The sums over all ranks of integers, modulo 2 ** 64 as signed numbers."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.int64)
+        with self.pulse.waiting():
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._control)
+        return total.tolist()
+
     def gather_json(self, value: Any) -> list[Any]:
         """A JSON value of every rank, in the order of the ranks."""
         if self.size == 1:

@@ -48,7 +48,7 @@ def test_the_comparison_sees_one_bit():
     assert counted["different"] == counted["matrices"] > 0
 
 
-@pytest.mark.parametrize("kind", ["nf4", "none"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("none", marks=pytest.mark.matrix)])
 def test_a_sharded_run_is_the_replicated_one(config, qlora, kind):
     changes = {"quantization__kind": kind, "model__gradient_checkpointing": True}
     paths = [config(name, strategy__kind=name, **changes) for name in ("ddp", "fsdp")]
@@ -71,6 +71,7 @@ def test_a_run_goes_from_ddp_to_fsdp_and_back(half_run, whole_run, stop, qlora):
     assert differences(whole_run, half_run) == []
 
 
+@pytest.mark.matrix
 def test_three_processes_go_on_where_two_stopped(config, qlora, stop):
     """The samples of every step are those of the plan, and every moment finds its parameter."""
     changes = {"strategy__kind": "fsdp", "batch__global_size": 12, "adapter__dropout": 0}

@@ -1,0 +1,105 @@
+"""The base's weights onto all processes of a run, from its files or from a cache in NF4."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from qlora_dist import faults
+from qlora_dist.errors import QLoRAError
+from qlora_dist.files import SEEN_WITHIN_S, wait_for
+from qlora_dist.memory import GIB
+from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.train import nf4_cache
+from qlora_dist.train.load import EmptyBase, fill_base
+from qlora_dist.train.log import EverySoOften, RunLog
+from qlora_dist.train.preempt import StopRequest
+from qlora_dist.train.strategy import Strategy
+from qlora_dist.train.world import World
+
+
+def load_weights(
+    base: EmptyBase,
+    spec: RunSpec,
+    world: World,
+    strategy: Strategy,
+    stop: StopRequest,
+    check_stop: Callable[[], None],
+    log: RunLog,
+) -> None:
+    """Give the base its weights, all processes in step; from a cache, where the spec wants one.
+
+    Raises:
+        DamagedCacheError: A cache is damaged, and so is the one that was made instead.
+    """
+    progress = EverySoOften(log.say)
+    shared = strategy.share.size > 1
+
+    def on_bytes(done: int, total: int) -> None:
+        world.pulse.at("loading the model")
+        faults.reach("loading")
+        progress.say(f"model: {done / GIB:.1f} of {total / GIB:.1f} GiB read")
+
+    def read(folder: Path | None, sums: dict[str, torch.Tensor] | None) -> None:
+        fill_base(
+            base,
+            spec,
+            device=world.device,
+            folder=folder,
+            share=strategy.share,
+            gather=world.gather_rows if shared else lambda rows: rows,
+            put=strategy.put,
+            sums=sums,
+            on_bytes=on_bytes,
+            on_tensor=check_stop,
+        )
+
+    if not isinstance(spec.quantization, Nf4Quantization) or spec.quantization.cache_dir is None:
+        read(None, None)
+        return
+    for attempt in range(2):
+        folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
+        sums: dict[str, torch.Tensor] = {}
+        read(folder, sums)
+        try:
+            nf4_cache.check_sums(folder, _total(sums, folder, world if shared else None))
+            return
+        except nf4_cache.DamagedCacheError as error:
+            log.say(f"model: {error}; quantising again")
+            world.barrier()
+            if world.rank == 0:
+                nf4_cache.set_aside(folder)
+            if attempt:
+                raise
+
+
+def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, name: str) -> Path:
+    """The quantised base: made by rank 0 if it is not there."""
+
+    def work(check: Callable[[], None]) -> str:
+        progress = EverySoOften(log.say)
+
+        def on_bytes(done: int, total: int) -> None:
+            check()
+            faults.reach("quantising")
+            progress.say(f"model: {done / GIB:.1f} of {total / GIB:.1f} GiB quantised")
+
+        check()
+        try:
+            path = nf4_cache.ensure_cache(spec, world.device, on_bytes=on_bytes, say=log.say)
+        except OSError as error:
+            raise QLoRAError(f"quantization.cache_dir: {error}") from error
+        return str(path)
+
+    path = Path(world.on_rank_0(name, work, stop.here))
+    wait_for(path, SEEN_WITHIN_S)
+    return path
+
+
+def _total(sums: Mapping[str, torch.Tensor], folder: Path, world: World | None) -> dict[str, int]:
+    """Checksums of whole tensors; of this process's alone where it has read all of each."""
+    names = list(nf4_cache.read_manifest(folder)["tensors"])
+    values = [int(sums[name].item()) if name in sums else 0 for name in names]
+    if world is not None:
+        values = world.sum_ints(values)
+    return dict(zip(names, values, strict=True))
