@@ -286,14 +286,13 @@ def quantize_command(args: argparse.Namespace) -> int:
     from qlora_dist.plan import make_plan
     from qlora_dist.spec import Nf4Quantization
     from qlora_launch.pins import pin
-    from qlora_launch.rundir import absolute_paths, check_local_paths
+    from qlora_launch.rundir import absolute_paths
 
     spec = absolute_paths(_load(args))
     nf4 = spec.quantization
     if not isinstance(nf4, Nf4Quantization) or nf4.cache_dir is None:
         raise PlanError("quantization.cache_dir: name the folder that quantised bases are kept in")
     make_plan(spec)
-    check_local_paths(spec)
     # torch is imported only for what can be done.
     import torch
 
