@@ -83,12 +83,13 @@ def load_theirs(spec, world):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    # A base in NF4 says itself how it was quantised.
     quantised = (Path(spec.model.source) / "manifest.json").exists()
     return AutoModelForCausalLM.from_pretrained(
         spec.model.source,
         dtype=torch.bfloat16,
-        quantization_config=None if quantised else config,
         device_map={"": world.device},
+        **({} if quantised else {"quantization_config": config}),
     )
 
 
