@@ -11,7 +11,9 @@ import threading
 import time
 from pathlib import Path
 
+import accelerate  # noqa: F401 - outside the time
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - outside the time
 
 from qlora_dist.memory import GIB
 from qlora_dist.plan import Topology
