@@ -159,16 +159,18 @@ def gpu_bytes(name: str | None) -> int | None:
 
 
 def _shards(spec: RunSpec, world_size: int, gpus_per_node: int) -> dict[str, int]:
-    """Into how many parts weights, gradients and optimizer state are cut."""
-    inside = max(1, min(world_size, gpus_per_node))
-    return {
-        "single": {"weights": 1, "gradients": 1, "optimizer": 1},
-        "ddp": {"weights": 1, "gradients": 1, "optimizer": 1},
-        "fsdp": {"weights": world_size, "gradients": world_size, "optimizer": world_size},
-        "hsdp": {"weights": inside, "gradients": inside, "optimizer": inside},
-        "zero2": {"weights": 1, "gradients": world_size, "optimizer": world_size},
-        "zero3": {"weights": world_size, "gradients": world_size, "optimizer": world_size},
+    """Into how many parts the base, the adapter, its gradients and its moments are cut."""
+    world, inside = world_size, max(1, min(world_size, gpus_per_node))
+    parts = {
+        "single": (1, 1, 1, 1),
+        "ddp": (1, 1, 1, 1),
+        # The adapter is whole on every process (qlora_dist.train.strategy).
+        "fsdp": (world, 1, 1, world),
+        "hsdp": (inside, 1, 1, inside),
+        "zero2": (1, 1, world, world),
+        "zero3": (world, world, world, world),
     }[spec.strategy.kind]
+    return dict(zip(("weights", "adapter", "gradients", "optimizer"), parts, strict=True))
 
 
 def _weights(spec: RunSpec, shape: ModelShape, shards: dict[str, int]) -> tuple[Component, ...]:
@@ -205,9 +207,14 @@ def _weights(spec: RunSpec, shape: ModelShape, shards: dict[str, int]) -> tuple[
             )
         )
     if parts > 1:
-        layer = sum(sizes) * b // 4 if len(lines) > 1 else sum(sizes) * b
+        layer = sum(sizes) * b
+        if isinstance(spec.quantization, Nf4Quantization):
+            layer = sum(sum(nf4_bytes(n, double=spec.quantization.double)) for n in sizes)
         why = "this layer's and the next one's, whole"
         lines.append(Component("gathered layers", 2 * layer, why))
+        why = "embedding, head and last norm, whole for the length of a step"
+        last = shape.num_embedding_params + shape.hidden_size
+        lines.append(Component("gathered embedding", last * b, why))
     return tuple(lines)
 
 
@@ -219,7 +226,7 @@ def _training_state(
     compute = _dtype_bytes(spec)
     # Autocast keeps a copy in the compute dtype for the length of a forward pass.
     copy = count * compute if compute < size else 0
-    on_device = count // shards["weights"] * size + copy
+    on_device = count // shards["adapter"] * size + copy
     gradients = count * size // shards["gradients"]
     moments, what = _moments(spec, size)
     paged = spec.optimizer.kind.startswith("paged_")

@@ -61,16 +61,15 @@ def load_weights(
         folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
         sums: dict[str, torch.Tensor] = {}
         read(folder, sums)
-        try:
-            nf4_cache.check_sums(folder, _total(sums, folder, world if shared else None))
+        problem = nf4_cache.wrong_sum(folder, _total(sums, folder, world if shared else None))
+        problem = world.first_text(problem)
+        if not problem:
             return
-        except nf4_cache.DamagedCacheError as error:
-            log.say(f"model: {error}; quantising again")
-            world.barrier()
-            if world.rank == 0:
-                nf4_cache.set_aside(folder)
-            if attempt:
-                raise
+        if world.rank == 0:
+            nf4_cache.set_aside(folder)
+        if attempt == 0:
+            log.say(f"model: {problem}; quantising again")
+    raise nf4_cache.DamagedCacheError(problem)
 
 
 def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, name: str) -> Path:

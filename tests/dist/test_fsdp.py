@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qlora_dist.layout import RunDir
 from qlora_dist.train.compare import differences
@@ -90,3 +92,18 @@ def test_three_processes_go_on_where_two_stopped(config, qlora, stop):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.get("samples") == other.get("samples")
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+@pytest.mark.matrix
+def test_a_tied_head_is_sharded_once(config, qlora, tiny_model, tmp_path):
+    """SmolLM2 and other small models keep one matrix for embedding and head."""
+    tied = shutil.copytree(tiny_model, tmp_path / "tied")
+    settings = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    tensors = load_file(tied / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
+    paths = [config(n, strategy__kind=n, model__source=str(tied)) for n in ("ddp", "fsdp")]
+    for path in paths:
+        qlora("run", path)
+    assert differences(*(RunDir(path.with_suffix("")) for path in paths)) == []
