@@ -95,3 +95,12 @@ def test_of_equal_failures_the_first_in_time_is_the_cause(tmp_path):
         path = tmp_path / f"{rank:05d}.json"
         ends.write_rank_end(path, rank=rank, code=1, cause=f"rank {rank}", step=0)
     assert ends.worst(ends.read_rank_ends(tmp_path, world_size=2)).cause == "rank 1"
+
+
+def test_a_lost_connection_names_the_rank_that_left_no_word(tmp_path):
+    lost = "RuntimeError: Connection closed by peer [127.0.0.1]:1"
+    ends.write_rank_end(tmp_path / "00000.json", rank=0, code=ends.FAILED, cause=lost, step=3)
+    cause = ends.worst(ends.read_rank_ends(tmp_path, world_size=3)).cause
+    assert cause == f"{lost}; no word from rank 1, 2: killed, or crashed outside Python"
+    ends.write_rank_end(tmp_path / "00000.json", rank=0, code=ends.FAILED, cause="a bug", step=3)
+    assert ends.worst(ends.read_rank_ends(tmp_path, world_size=3)).cause == "a bug"

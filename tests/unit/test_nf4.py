@@ -1,5 +1,7 @@
 """NF4 weights as rows of bytes: quantising, cutting, joining, summing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from bitsandbytes import functional
@@ -75,7 +77,7 @@ def test_an_nf4_weight_is_never_cast():
 def test_checksums_of_parts_add_up_and_see_one_bit(data, cuts, place, bit):
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    parts = [checksum(whole[a:b], a) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [checksum(whole[a:b], a) for a, b in pairwise(edges)]
     total = checksum(whole, 0)
     assert torch.stack(parts).sum() == total
     damaged = whole.clone()
