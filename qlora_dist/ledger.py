@@ -39,6 +39,7 @@ class AttemptRow:
         code: How it ended (qlora_dist.ends); None as ``ended_at``.
         cause: The same for a person.
         following: What was decided.
+        why: Why that.
     """
 
     number: int
@@ -53,6 +54,7 @@ class AttemptRow:
     code: int | None
     cause: str
     following: str
+    why: str
 
     @property
     def lost_steps(self) -> int:
@@ -204,18 +206,24 @@ def _state(
     try:
         live = _owned(run, queue) or _queued(run, spec, queue)
     except SchedulerError as error:
-        if rows and rows[-1].code == ends.DONE and not run.owner_json.exists():
-            return "done", rows[-1].cause
+        if rows and rows[-1].following == "nothing" and not run.owner_json.exists():
+            # Its own word was that nothing follows.
+            return _over(rows[-1])
         return "unknown", str(error)
     if live:
         return live
     if not rows:
         return "new", "never started"
-    last = rows[-1]
+    return _over(rows[-1])
+
+
+def _over(last: AttemptRow) -> tuple[str, str]:
+    """How a run stands whose last attempt nothing follows."""
     if last.code is None:
         return "failed", "ended without a word"
     states = {ends.DONE: "done", ends.PREEMPTED: "stopped", ends.TIME_LIMIT: "stopped"}
-    return states.get(last.code, "failed"), last.cause
+    why = f"; {last.why}" if last.why and last.code != ends.DONE else ""
+    return states.get(last.code, "failed"), f"{last.cause}{why}"
 
 
 def _owned(run: RunDir, queue: Answer | None) -> tuple[str, str] | None:
@@ -235,7 +243,7 @@ def _owned(run: RunDir, queue: Answer | None) -> tuple[str, str] | None:
 
 def _queued(run: RunDir, spec: RunSpec, queue: Answer | None) -> tuple[str, str] | None:
     """Whether it waits in Slurm's queue."""
-    if spec.resources.backend != "slurm":
+    if spec.resources.backend != "slurm" or not run.submitted_json.exists():
         return None
     if isinstance(queue, SchedulerError):
         raise queue
@@ -251,7 +259,7 @@ def _waits(job: str) -> str:
         return f"job {job} {'ends' if view.state == 'COMPLETING' else 'starts'}"
     text = f"job {job}, {view.state} ({view.reason})"
     if view.reason in _NEVER:
-        return f"{text}: it will never start; qlora cancel it, and submit it with other resources"
+        return f"{text}: it will not start as it is; cancel it, and submit it with other resources"
     if view.start_time and view.start_time > time.time():
         when = time.strftime("%m-%d %H:%M", time.localtime(view.start_time))
         text += f", Slurm expects it to start at {when}"
@@ -288,6 +296,7 @@ def _attempts(run: RunDir) -> Iterator[AttemptRow]:
             code=end.get("code"),
             cause=end.get("cause", ""),
             following=tree.get("next", ""),
+            why=tree.get("why", ""),
         )
 
 

@@ -8,7 +8,7 @@ Validators only check. Whatever follows from a spec (world size, bytes, steps) i
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qlora_dist.shapes import ModelShape
 
@@ -24,15 +24,15 @@ Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
 
-def _time_limit(text: str) -> str:
-    if not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", text):
+def _time_limit(text: object) -> object:
+    if not isinstance(text, str) or not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", text):
         raise ValueError(
             f"should be [days-]hours:minutes:seconds, such as 12:00:00 or 2-00:00:00, got {text!r}"
         )
     return text
 
 
-TimeLimit = Annotated[str, AfterValidator(_time_limit)]
+TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_*]+$")]
 
 Learn = Literal["auto", "answer", "all"]
@@ -335,7 +335,7 @@ class ResourcesSection(Section):
     model, in seconds. Where none gets on for so long, the stacks of all are written down, and the
     attempt ends."""
     time: TimeLimit | None = None
-    """Time limit of a job, [days-]hours:minutes:seconds."""
+    """Time limit of a job, [days-]hours:minutes:seconds; the profile's if absent, else 24 hours."""
     profile: Text | None = None
     """Cluster profile: a name in slurm/clusters, or a YAML file."""
     pass_env: list[EnvName] = []

@@ -52,6 +52,10 @@ class Queue(Backend, Protocol):
         """Send several runs of one folder at once."""
         ...
 
+    def warn(self, plan: Plan, *, say: Callable[[str], None]) -> None:
+        """Warn of a run that would never start."""
+        ...
+
     def sweep_script(self, runs: Sequence[RunDir], plan: Plan, parallel: int) -> str:
         """What that would send."""
         ...

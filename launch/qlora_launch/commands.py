@@ -101,6 +101,8 @@ def submit_command(args: argparse.Namespace) -> int:
     # All are sound before the first is written.
     plans = [plan_of(spec, ask_hub=not args.dry_run) for spec in specs]
     queue, parallel = get_queue(args.after), args.parallel or len(plans)
+    if args.dry_run:
+        queue.warn(plans[0], say=_warn)
     if args.dry_run and args.sweep:
         print(queue.sweep_script([run_of(plan) for plan in plans], plans[0], parallel))
         return 0

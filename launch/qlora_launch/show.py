@@ -16,7 +16,8 @@ def plan_text(plan: Plan) -> str:
 def bundle_text(bundle: Bundle) -> str:
     """A bundle: every file, the command, and the variables that it adds."""
     parts = [f"run directory: {bundle.run_dir}"]
-    for name, text in bundle.files.items():
+    # Scripts after the data: they are what is looked for, and the end is what is seen.
+    for name, text in sorted(bundle.files.items(), key=lambda item: item[0].endswith(".sh")):
         parts.append(f"--- {name}\n{text.rstrip()}")
     parts.append("--- command\n" + shlex.join(bundle.argv))
     parts.append("--- environment\n" + "\n".join(f"{k}={v}" for k, v in bundle.env.items()))

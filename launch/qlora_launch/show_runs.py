@@ -19,7 +19,7 @@ def status_text(run: RunDir, spec: RunSpec, now: Standing) -> str:
     lines = [
         f"{run.root}",
         f"  {now.state}: {now.detail}" if now.detail else f"  {now.state}",
-        f"  committed step {now.step}{steps}",
+        f"  committed step {now.step}{steps}" if now.step else f"  no step committed yet{steps}",
     ]
     if now.attempts:
         gpus = spec.resources.nodes * max(1, spec.resources.gpus_per_node)

@@ -31,7 +31,8 @@ def _partition(case: Case, partition: Partition) -> Iterator[Finding]:
     if case.time_s > partition.max_time_s:
         limit = f"MaxTime={clock(partition.max_time_s)} {at}"
         wish = (
-            f"resources.time={clock(partition.max_time_s)} or less, and the run goes on by itself"
+            f"resources.time={clock(partition.max_time_s)} or less; at the limit the run saves and "
+            "goes back into the queue by itself"
         )
         yield _refused(case, f"It asks for {clock(case.time_s)}, more than {limit}", limit, wish)
     if (nodes := case.plan.topology.nodes) > partition.max_nodes:

@@ -74,7 +74,7 @@ class SlurmBackend:
             UserError: Slurm refuses the job.
         """
         after = self._jobs_before()
-        _say_if_it_never_starts(plan, say)
+        self.warn(plan, say=say)
         job = self._send(Job(plan, run.root, (run.root,), after=after), say)
         say(
             f"submitted job {job}: {plan.topology.nodes} node(s); follow it with: "
@@ -98,7 +98,7 @@ class SlurmBackend:
         """
         job = self._sweep(runs, plan, parallel)
         folder = job.folder
-        _say_if_it_never_starts(plan, say)
+        self.warn(plan, say=say)
         for element, run in enumerate(runs):
             write_json(run.element_json, {"sweep": job.sweep, "element": element})
         names = dict.fromkeys([*sweep_runs(folder), *(root.name for root in job.runs)])
@@ -113,6 +113,19 @@ class SlurmBackend:
     def sweep_script(self, runs: Sequence[RunDir], plan: Plan, parallel: int) -> str:
         """The script that :meth:`submit_sweep` would send; nothing is written."""
         return batch_script(self._sweep(runs, plan, parallel))
+
+    def warn(self, plan: Plan, *, say: Callable[[str], None]) -> None:
+        """Warn of a job that would wait for ever if sbatch takes it; not where Slurm is silent.
+
+        Raises:
+            UserError: There is no such partition.
+        """
+        profile = load_profile(plan.spec.resources.profile)
+        with contextlib.suppress(SchedulerError):
+            for finding in submission(Case(read_site(profile.partition), plan, profile)):
+                if finding.never_starts:
+                    change = f" Change it: {'; '.join(finding.change)}." if finding.change else ""
+                    say(f"warning: {finding.what}{change}")
 
     def _sweep(self, runs: Sequence[RunDir], plan: Plan, parallel: int) -> Job:
         roots = tuple(run.root for run in runs)
@@ -158,16 +171,6 @@ class SlurmBackend:
                 say(f"sbatch failed, and the job is in the queue: {_last_words(error)}")
                 return jobs[0]
             raise UserError(f"sbatch refused the job: {_last_words(error)}") from error
-
-
-def _say_if_it_never_starts(plan: Plan, say: Callable[[str], None]) -> None:
-    """Warn of a job that would wait for ever if sbatch takes it."""
-    profile = load_profile(plan.spec.resources.profile)
-    with contextlib.suppress(SchedulerError):
-        for finding in submission(Case(read_site(profile.partition), plan, profile)):
-            if finding.never_starts:
-                change = f" Change it: {'; '.join(finding.change)}." if finding.change else ""
-                say(f"warning: {finding.what}{change}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from qlora_dist.resume import (
     check_change,
     spec_sha256,
 )
-from qlora_dist.spec import DatasetSection, RunSpec
+from qlora_dist.spec import DatasetSection, Nf4Quantization, RunSpec
 from qlora_dist.spec_file import spec_from_tree
 from tests.unit.test_spec import GOOD
 
@@ -26,8 +26,10 @@ def keys_of(model, prefix=""):
 
 
 def test_the_tables_name_keys_that_there_are():
-    mixed = {f"data.mix.{name}" for name in DatasetSection.model_fields}
-    assert set(keys_of(RunSpec)) | mixed >= FREE | NOT_THE_SAME_BITS | CHECKED_BY_CONTENT
+    # Of sections that are one of several.
+    inner = {f"data.mix.{name}" for name in DatasetSection.model_fields}
+    inner |= {f"quantization.{name}" for name in Nf4Quantization.model_fields}
+    assert set(keys_of(RunSpec)) | inner >= FREE | NOT_THE_SAME_BITS | CHECKED_BY_CONTENT
     assert not FREE & NOT_THE_SAME_BITS
 
 

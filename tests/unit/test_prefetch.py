@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 SHAPE = {
     "vocab_size": 512,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_layers": 2,
     "num_heads": 4,
     "num_kv_heads": 2,

@@ -310,8 +310,14 @@ def test_a_list_without_slurm_names_the_reason_once_a_run_and_knows_what_is_done
         run.attempt(0).mkdir(parents=True)
         write_json(run.run_json, {"spec": spec.model_dump(mode="json")})
         tree = {"attempt": 0, "launcher": {"job": "7", "restart": 0}, "started_at": 1.0}
-        end = {} if code is None else {"ended_at": 2.0, "end": asdict(make_end(code))}
+        end = (
+            {}
+            if code is None
+            else {"ended_at": 2.0, "end": asdict(make_end(code)), "next": "nothing"}
+        )
         write_json(run.attempt(0) / "attempt.json", {**tree, "began_after": 0, **end})
+        run.control.mkdir()
+        write_json(run.submitted_json, {"left_out": []})
     rows = list_text(tmp_path).splitlines()
     assert rows[1].split()[:2] == ["ended", "done"]
     assert rows[2].split()[:2] == ["waits", "unknown"]
