@@ -57,7 +57,7 @@ def test_a_published_file_trains_stops_resumes_and_its_adapter_is_the_model(
 def trained_logits(run, spec, batch):
     """Of the model as the trainer builds it, with the last checkpoint's weights."""
     base = load_base(spec, device=torch.device("cpu"), attention="sdpa")
-    model = add_adapter(base, spec.adapter, seed=spec.seed)
+    model = add_adapter(base, spec.adapter, seed=spec.seed, device=torch.device("cpu"))
     newest = checkpoints.committed_paths(run.checkpoints)[0]
     weights = load_file(newest / "adapter.safetensors")
     for key, parameter in trainable(model).items():
