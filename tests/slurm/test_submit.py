@@ -92,7 +92,10 @@ def test_a_run_that_is_preempted_three_times_ends_as_the_unbroken_run(
     assert "submitted job" in done.stdout
     for number in (1, 2, 3):
         wait_until(lambda: steps(run) >= 12 * number)  # noqa: B023
-        testbed.run("sbatch", "-phigh", "-N2", "--exclusive", "--wrap=sleep 1")
+        testbed.run(
+            *("sbatch", "-phigh", "-N2", "--exclusive"),
+            *("--output=/dev/null", "--wrap=sleep 1"),
+        )
         wait_until(lambda: newest_attempt(run) == number)  # noqa: B023
     wait_until(lambda: state(run) in ("done", "failed"))
     assert state(run) == "done", said(run)

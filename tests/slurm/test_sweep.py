@@ -43,7 +43,10 @@ def test_one_of_four_runs_is_preempted_and_all_end(
 
     wait_until(lambda: steps(runs[0]) >= 10)
     node = json.loads((runs[0].attempt(0) / "attempt.json").read_text())["nodes"]
-    testbed.run("sbatch", "-phigh", f"--nodelist={node}", "--exclusive", "--wrap=sleep 1")
+    testbed.run(
+        *("sbatch", "-phigh", f"--nodelist={node}", "--exclusive"),
+        *("--output=/dev/null", "--wrap=sleep 1"),
+    )
     wait_until(lambda: all(state(run) == "done" for run in runs), timeout_s=400)
     testbed.wait_idle()
 
