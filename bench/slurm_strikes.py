@@ -1,10 +1,11 @@
 """Faults that a job of a real Slurm can meet, and how each is done to it."""
 
+import contextlib
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,23 @@ def shorten(at: Struck) -> None:
 
     The ranks are so slow that they would meet it.
     """
-    pids = [at.rank_pid(rank) for rank in range(2)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    at.testbed.run("scontrol", "update", f"JobId={at.job}", f"TimeLimit={minutes_run(at) + 2}")
-    wait_until(at.run.stop_file(0).exists)
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+    with ranks_frozen(at):
+        at.testbed.run("scontrol", "update", f"JobId={at.job}", f"TimeLimit={minutes_run(at) + 2}")
+        wait_until(at.run.stop_file(0).exists)
     record = at.run.attempt(0) / "attempt.json"
     wait_until(lambda: "ended_at" in record.read_text())
     at.testbed.run("scontrol", "update", f"JobId={at.job}", "TimeLimit=20")
+
+
+@contextlib.contextmanager
+def ranks_frozen(at: Struck) -> Iterator[None]:
+    """However fast the machine is, the run does not end meanwhile."""
+    pids = [at.rank_pid(rank) for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    yield
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
 
 
 def minutes_run(at: Struck) -> int:
@@ -114,8 +122,13 @@ def kill_torchrun(at: Struck) -> None:
 
 def lose_controller(at: Struck) -> None:
     """Preempted, and nobody answers when the job wants to be requeued."""
-    at.testbed.run("scancel", "--signal=TERM", at.job)
-    at.testbed.restart_controller(after_s=8)
+    with contextlib.ExitStack() as away:
+        with ranks_frozen(at):
+            at.testbed.run("scancel", "--signal=TERM", at.job)
+            # scancel does not wait: daemons that end right after it take the signal with them.
+            wait_until(at.run.stop_file(0).exists)
+            away.enter_context(at.testbed.controller_away())
+        time.sleep(8)
 
 
 def spoil_node(at: Struck) -> None:

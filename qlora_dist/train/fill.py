@@ -18,10 +18,9 @@ from torch import nn
 from qlora_dist.errors import ModelError
 from qlora_dist.memory import NESTED_BLOCK, NF4_BLOCK
 from qlora_dist.train.base_files import Piece, PieceReader, Stored, listed, pieces_of
-from qlora_dist.train.nf4 import (
+from qlora_dist.train.nf4 import Nf4Linear, Nf4Tensor
+from qlora_dist.train.quantise import (
     Nested,
-    Nf4Linear,
-    Nf4Tensor,
     absmax_bytes,
     checksum,
     constants,

@@ -38,7 +38,8 @@ from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train.base_files import INDEX, find_files
 from qlora_dist.train.fill import Slot
 from qlora_dist.train.load import COMPANIONS, DTYPES, base_folder, empty_base, fill_base
-from qlora_dist.train.nf4 import Nf4Tensor, checksum
+from qlora_dist.train.nf4 import Nf4Tensor
+from qlora_dist.train.quantise import checksum
 from qlora_dist.train.tensor_file import Kind, TensorFile
 
 FORMAT = 1

@@ -1,5 +1,6 @@
 """One testbed: what brings its daemons up in order, and down again."""
 
+import contextlib
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -144,15 +146,16 @@ class Testbed:
         self._start_daemon(name, argv.slurmd(self.place, name))
         self._daemons.wait_for(name, partial(self._takes_jobs, name))
 
-    def restart_controller(self, after_s: float) -> None:
-        """Have no slurmctld for a while.
+    @contextlib.contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """Have no slurmctld meanwhile. Jobs go on.
 
         Raises:
             QLoRAError: It did not start again.
         """
-        # slurmd too: with a new slurmctld alone, nodes stayed "unk" for a minute. Jobs go on.
+        # slurmd too: with a new slurmctld alone, nodes stayed "unk" for a minute.
         self._daemons.end(["slurmctld", *self.settings.nodes])
-        time.sleep(after_s)
+        yield
         self._start()
 
     def processes(self) -> list[JobProcess]:

@@ -16,6 +16,7 @@ from qlora_dist.layout import RunDir, open_run
 from qlora_dist.train import measure
 from qlora_dist.train.export import export
 from qlora_dist.train.ticker import Ticker
+from tests.nf4_of_transformers import load_nf4
 
 QUICK = {
     "schedule__steps": 2,
@@ -68,20 +69,9 @@ def products(run):
 
 def quantised_base(run):
     """The base as bitsandbytes makes it, by transformers alone."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     _, spec = open_run(run.root)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.model.dtype]
-    return AutoModelForCausalLM.from_pretrained(
-        spec.model.source,
-        dtype=dtype,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=spec.quantization.double,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    )
+    return load_nf4(spec.model.source, double=spec.quantization.double, dtype=dtype)
 
 
 def dequantised(run):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qlora_dist.layout import RunDir
 from qlora_dist.train.compare import differences
+from tests.nf4_of_transformers import load_nf4
 
 
 @pytest.fixture
@@ -51,15 +52,7 @@ def test_transformers_loads_what_quantize_writes(cached, qlora, tmp_path, tiny_m
     before = (cache / "manifest.json").stat().st_mtime_ns
     qlora("quantize", cached())
     assert (cache / "manifest.json").stat().st_mtime_ns == before
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.float32, quantization_config=nf4
-    ).state_dict()
+    theirs = load_nf4(tiny_model).state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(cache).state_dict()
     assert set(loaded) == set(theirs)
     for name, tensor in theirs.items():

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dist.errors import ModelError
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.load import load_base
+from tests.nf4_of_transformers import load_nf4
 from tests.unit.test_spec import GOOD
 
 CPU = torch.device("cpu")
@@ -105,15 +105,7 @@ def test_a_tied_tensor_that_is_stored_twice(tiny_model, base):
 
 def stored_by_transformers(base, folder, *, double):
     """The tiny model in NF4, as transformers saves it."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, quantization_config=config
-    )
+    model = load_nf4(base, double=double)
     model.save_pretrained(folder)
     return model
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.train.fill import Share
-from qlora_dist.train.nf4 import Nf4Tensor, checksum, constants, nest, quantise_rows
+from qlora_dist.train.nf4 import Nf4Tensor
+from qlora_dist.train.quantise import checksum, constants, nest, quantise_rows
 
 CPU = torch.device("cpu")
 
