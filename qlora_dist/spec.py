@@ -5,48 +5,29 @@ Validators only check. Whatever follows from a spec (world size, bytes, steps) i
 ``qlora_dist.spec_file``.
 """
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qlora_dist.shapes import ModelShape
-
-# Strict, so that `true` is no count and "16" no number. Bounded, so that arithmetic on what a user
-# gives stays arithmetic.
-LARGEST = 2**40
-Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
-Switch = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
-
-
-def _time_limit(text: object) -> object:
-    if not isinstance(text, str) or not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", text):
-        raise ValueError(
-            f"should be [days-]hours:minutes:seconds, such as 12:00:00 or 2-00:00:00, got {text!r}"
-        )
-    return text
-
-
-TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
-EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_*]+$")]
+from qlora_dist.spec_values import (
+    LARGEST,
+    Count,
+    CountOrZero,
+    EnvName,
+    Fraction,
+    Number,
+    Positive,
+    Section,
+    Switch,
+    Text,
+    TimeLimit,
+)
 
 Learn = Literal["auto", "answer", "all"]
 StrategyKind = Literal["single", "ddp", "fsdp", "hsdp", "zero2", "zero3"]
 OptimizerKind = Literal["adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"]
 FormatName = Literal["self-instruct", "oasst1", "input-output", "ptt"]
-
-
-class Section(BaseModel):
-    """A frozen part of the spec; keys that it does not know are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class ModelSection(Section):
@@ -338,7 +319,7 @@ class ResourcesSection(Section):
     """Time limit of a job, [days-]hours:minutes:seconds; the profile's if absent, else 24 hours."""
     profile: Text | None = None
     """Cluster profile: a name in slurm/clusters, or a YAML file."""
-    pass_env: list[EnvName] = []
+    pass_env: list[EnvName] = Field(default_factory=list)
     """Variables of your shell that the run's processes get beyond those that training reads anyway
     (docs/slurm.md): names, or patterns with an asterisk. One that holds a secret, such as HF_TOKEN,
     only by its own name."""

@@ -55,7 +55,11 @@ def table(fields: dict[str, FieldInfo]) -> list[str]:
     """A Markdown table of fields."""
     rows = ["| key | value | default | |", "|---|---|---|---|"]
     for name, field in fields.items():
-        default = "required" if field.is_required() else shown(field.get_default())
+        default = (
+            "required"
+            if field.is_required()
+            else shown(field.get_default(call_default_factory=True))
+        )
         rows.append(
             f"| `{name}` | {kind(field.annotation)} | {default} | {clean(field.description)} |"
         )

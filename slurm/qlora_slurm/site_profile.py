@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from qlora_dist.environment import holds_secret, says_secret
 from qlora_dist.errors import SpecError, UserError
-from qlora_dist.spec import Count, Section, Text, TimeLimit
 from qlora_dist.spec_file import parse_yaml
+from qlora_dist.spec_values import Count, Section, Text, TimeLimit
 
 # Profiles that come with the project lie beside this package, in a checkout.
 CLUSTERS = Path(__file__).parent.parent / "clusters"
