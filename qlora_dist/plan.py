@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qlora_dist.errors import PlanError
-from qlora_dist.memory import GPU_MIB, NF4_BLOCK, MemoryPlan, adapter_params, gpu_bytes, plan_memory
+from qlora_dist.memory import GPU_MIB, MemoryPlan, gpu_bytes, plan_memory
 from qlora_dist.resume import spec_sha256
 from qlora_dist.shapes import ModelShape, find_shape
+from qlora_dist.sizes import NF4_BLOCK, adapter_params
 from qlora_dist.spec import RunSpec
 
 # Strategies and backends that a run may use today; the rest are planned and rendered only.
@@ -149,6 +150,7 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
             shape,
             world_size=topology.world_size,
             gpus_per_node=topology.processes_per_node,
+            attention=attention_of(spec),
         ),
         not_runnable=_not_runnable(spec),
     )

@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Iterator
 
-from qlora_dist.memory import GIB
 from qlora_dist.plan import Plan
+from qlora_dist.sizes import GIB
 from qlora_launch.render import Bundle
 
 
@@ -54,7 +54,9 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     for line in plan.memory.components:
         yield _row(line.name, _gib(line.bytes), line.why)
     yield _row(
-        "predicted peak", _gib(plan.memory.peak_bytes), "the sum of what torch's allocator holds"
+        "predicted peak",
+        _gib(plan.memory.peak_bytes),
+        f"what torch's allocator holds at {plan.memory.moment}",
     )
     yield _row("needed", _gib(plan.memory.needed_bytes), "the sum")
     yield _fit_line(plan)

@@ -33,7 +33,7 @@ from qlora_dist.files import (
     remove_tree,
     write_json,
 )
-from qlora_dist.memory import GIB, NESTED_BLOCK, NF4_BLOCK
+from qlora_dist.sizes import GIB, NESTED_BLOCK, NF4_BLOCK
 from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train.base_files import INDEX, find_files
 from qlora_dist.train.fill import Slot

@@ -122,7 +122,13 @@ def _train(
     base = empty_base(spec, attention=attention, share=strategy.share)
     check_shape(base.model, plan)
     targets, num_linear = target_modules(base.model, spec.adapter), len(linear_layers(base.model))
-    model = add_adapter(base.model, spec.adapter, seed=spec.seed, device=world.device)
+    model = add_adapter(
+        base.model,
+        spec.adapter,
+        seed=spec.seed,
+        device=world.device,
+        autocast=spec.model.dtype == "bf16",
+    )
     model.train()
     parameters = trainable(model)
     _say_model(log, plan, targets, parameters, num_linear)
@@ -333,11 +339,14 @@ def _accelerate(
         ``(autocast, track, finish)``.
     """
     from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
 
     spec = plan.spec
     tracker = None if spec.tracking.kind == "none" else spec.tracking.kind
     accelerator = Accelerator(
         mixed_precision="bf16" if spec.model.dtype == "bf16" else "no",
+        # A forward pass uses each weight once: cached copies of them would only take memory.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         cpu=world.device.type == "cpu",
         log_with=tracker,
         project_dir=str(run.root),

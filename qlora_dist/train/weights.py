@@ -8,7 +8,7 @@ import torch
 from qlora_dist import faults
 from qlora_dist.errors import QLoRAError
 from qlora_dist.files import SEEN_WITHIN_S, wait_for
-from qlora_dist.memory import GIB
+from qlora_dist.sizes import GIB
 from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train import nf4_cache
 from qlora_dist.train.load import EmptyBase, fill_base

@@ -1,0 +1,68 @@
+"""Sizes that the accounts of memory, disk and network are made of."""
+
+import math
+from dataclasses import dataclass
+
+from qlora_dist.shapes import ModelShape
+from qlora_dist.spec import RunSpec
+
+GIB = 2**30
+
+# bitsandbytes 0.50: NF4 in blocks of 64 weights, their constants again in blocks of 256.
+NF4_BLOCK = 64
+NESTED_BLOCK = 256
+# Moments that share one constant in bitsandbytes' 8-bit optimizers.
+OPTIMIZER_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Component:
+    """One line of an account; ``in_torch`` says whether torch's allocator holds it."""
+
+    name: str
+    bytes: int
+    why: str
+    in_torch: bool = True
+
+
+def nf4_bytes(num_weights: int, *, double: bool) -> tuple[int, int]:
+    """Bytes of packed weights and of their constants.
+
+    Args:
+        num_weights: Weights of one matrix.
+        double: Whether the constants are quantised again.
+
+    Returns:
+        ``(packed, constants)``. Constants are one fp32 a block; or, quantised, one byte a block and
+        one fp32 per 256 blocks, with a 256-entry fp32 code and an fp32 offset.
+    """
+    blocks = math.ceil(num_weights / NF4_BLOCK)
+    packed = math.ceil(num_weights / 2)
+    codebook = 16 * 4
+    if not double:
+        return packed, blocks * 4 + codebook
+    return packed, blocks + math.ceil(blocks / NESTED_BLOCK) * 4 + 256 * 4 + 4 + codebook
+
+
+def adapter_params(spec: RunSpec, shape: ModelShape) -> int:
+    """Parameters of the adapter: r x (in + out) for each linear layer that it is on."""
+    sizes = [shape.linears[name] for name in layer_targets(spec, shape)]
+    return shape.num_layers * sum(spec.adapter.r * (rows + cols) for rows, cols in sizes)
+
+
+def layer_targets(spec: RunSpec, shape: ModelShape) -> list[str]:
+    """Linear layers of a decoder layer that get an adapter."""
+    target = spec.adapter.target
+    return list(shape.linears) if target == "all-linear" else target
+
+
+def dtype_bytes(spec: RunSpec) -> int:
+    """Bytes of a number that the model computes with."""
+    return 2 if spec.model.dtype == "bf16" else 4
+
+
+def autocast_copies(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the adapter's weights in the dtype of the computation, where that is another."""
+    stored = 4 if spec.adapter.dtype == "fp32" else 2
+    compute = dtype_bytes(spec)
+    return adapter_params(spec, shape) * compute if compute < stored else 0
