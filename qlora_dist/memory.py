@@ -11,10 +11,11 @@ from qlora_dist.shapes import ModelShape
 from qlora_dist.sizes import (
     GIB,
     NF4_BLOCK,
-    OPTIMIZER_BLOCK,
     Component,
     adapter_params,
     dtype_bytes,
+    layer_bytes,
+    moments_of,
     nf4_bytes,
 )
 from qlora_dist.spec import Nf4Quantization, RunSpec
@@ -64,6 +65,11 @@ class MemoryPlan:
     def fits(self) -> bool | None:
         """Whether it fits; None where no GPU is named."""
         return None if self.available_bytes is None else self.needed_bytes <= self.available_bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """What may move to host memory: paged moments."""
+        return sum(line.bytes for line in self.components if line.paged)
 
 
 def plan_memory(
@@ -160,16 +166,13 @@ def _gathered(
     """What FSDP2 has put together again of the base."""
     if shards["weights"] == 1:
         return ()
-    b, sizes = dtype_bytes(spec), [rows * cols for rows, cols in shape.linears.values()]
-    layer = sum(sizes) * b
-    if isinstance(spec.quantization, Nf4Quantization):
-        layer = sum(sum(nf4_bytes(n, double=spec.quantization.double)) for n in sizes)
-    ends = (shape.num_embedding_params + shape.hidden_size) * b
+    ends = (shape.num_embedding_params + shape.hidden_size) * dtype_bytes(spec)
     why = "embedding, head and last norm, whole for the length of a step"
     lines = [Component("gathered embedding", ends, why)]
     if moment.gathered_layers:
         why = "this layer's and the next one's, whole"
-        lines.append(Component("gathered layers", moment.gathered_layers * layer, why))
+        size = moment.gathered_layers * layer_bytes(spec, shape)
+        lines.append(Component("gathered layers", size, why))
     return tuple(lines)
 
 
@@ -180,7 +183,7 @@ def _training_state(
     size = 4 if spec.adapter.dtype == "fp32" else 2
     on_device = count // shards["adapter"] * size
     gradients = count * size // shards["gradients"]
-    moments, what = _moments(spec, size)
+    a_parameter, what = moments_of(spec)
     paged = spec.optimizer.kind.startswith("paged_")
     return (
         Component("adapter", on_device, f"{count:,} x {size} bytes"),
@@ -192,20 +195,12 @@ def _training_state(
         ),
         Component(
             "optimizer",
-            int(moments * count) // shards["optimizer"],
+            int(a_parameter * count) // shards["optimizer"],
             what + (", paged: may move to host memory" if paged else ""),
             in_torch=not paged,
+            paged=paged,
         ),
     )
-
-
-def _moments(spec: RunSpec, size: int) -> tuple[float, str]:
-    """Bytes of optimizer state for one parameter of ``size`` bytes, and what they are."""
-    if spec.optimizer.kind == "adamw":
-        return 2 * size, f"two moments of {size} bytes a parameter"
-    if spec.optimizer.kind.endswith("_32bit"):
-        return 8, "two moments of 4 bytes a parameter"
-    return 2 + 2 * 4 / OPTIMIZER_BLOCK, (f"two moments of 1 byte + 4/{OPTIMIZER_BLOCK} a parameter")
 
 
 def _slack(spec: RunSpec, world_size: int) -> Component:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_dist.shapes import ModelShape
-from qlora_dist.spec import RunSpec
+from qlora_dist.spec import Nf4Quantization, RunSpec
 
 GIB = 2**30
 
@@ -17,12 +17,21 @@ OPTIMIZER_BLOCK = 256
 
 @dataclass(frozen=True)
 class Component:
-    """One line of an account; ``in_torch`` says whether torch's allocator holds it."""
+    """One line of an account.
+
+    Attributes:
+        name: Of what.
+        bytes: How much.
+        why: What that follows from.
+        in_torch: Whether torch's allocator holds it.
+        paged: Whether it may move to host memory.
+    """
 
     name: str
     bytes: int
     why: str
     in_torch: bool = True
+    paged: bool = False
 
 
 def nf4_bytes(num_weights: int, *, double: bool) -> tuple[int, int]:
@@ -66,3 +75,37 @@ def autocast_copies(spec: RunSpec, shape: ModelShape) -> int:
     stored = 4 if spec.adapter.dtype == "fp32" else 2
     compute = dtype_bytes(spec)
     return adapter_params(spec, shape) * compute if compute < stored else 0
+
+
+def adapter_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the adapter's weights, as they are trained and saved; its gradients take as many."""
+    return adapter_params(spec, shape) * (4 if spec.adapter.dtype == "fp32" else 2)
+
+
+def moments_of(spec: RunSpec) -> tuple[float, str]:
+    """Bytes of optimizer state for one parameter, and what they are."""
+    if spec.optimizer.kind == "adamw":
+        size = 4 if spec.adapter.dtype == "fp32" else 2
+        return 2 * size, f"two moments of {size} bytes a parameter"
+    if spec.optimizer.kind.endswith("_32bit"):
+        return 8, "two moments of 4 bytes a parameter"
+    return 2 + 2 * 4 / OPTIMIZER_BLOCK, f"two moments of 1 byte + 4/{OPTIMIZER_BLOCK} a parameter"
+
+
+def moment_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of all optimizer state."""
+    return int(moments_of(spec)[0] * adapter_params(spec, shape))
+
+
+def layer_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the matrices of one decoder layer, as they are stored while training."""
+    sizes = [rows * cols for rows, cols in shape.linears.values()]
+    if isinstance(spec.quantization, Nf4Quantization):
+        return sum(sum(nf4_bytes(size, double=spec.quantization.double)) for size in sizes)
+    return sum(sizes) * dtype_bytes(spec)
+
+
+def base_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the whole base, as it is stored while training."""
+    kept = shape.num_embedding_params + shape.num_other_params
+    return shape.num_layers * layer_bytes(spec, shape) + kept * dtype_bytes(spec)

@@ -60,6 +60,10 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     )
     yield _row("needed", _gib(plan.memory.needed_bytes), "the sum")
     yield _fit_line(plan)
+    for fit in plan.would_fit:
+        how = " ".join(f"{key}={_yaml(value)}" for key, value in fit.changes.items())
+        yield _row("would fit", _gib(fit.needed_bytes), f"with {how}")
+    yield from _footprint_lines(plan)
     for reason in plan.not_runnable:
         yield f"does not run yet: {reason}"
 
@@ -102,7 +106,25 @@ def _fit_line(plan: Plan) -> str:
         return _row(
             "fits", "yes", f"{name} has {_gib(memory.available_bytes)}, {_gib(gap)} to spare"
         )
+    if memory.paged_bytes >= -gap:
+        why = f"{name} has {_gib(memory.available_bytes)}: {_gib(-gap)} of paged moments move"
+        return _row("fits", "by paging", f"{why} to host memory, which slows the optimizer down")
     return _row("fits", "no", f"{name} has {_gib(memory.available_bytes)}, {_gib(-gap)} too little")
+
+
+def _footprint_lines(plan: Plan) -> Iterator[str]:
+    found = plan.footprint
+    yield "host memory of one process"
+    yield from (_row(line.name, _gib(line.bytes), line.why) for line in found.host)
+    yield "disk"
+    yield from (_row(line.name, _gib(line.bytes), line.why) for line in found.disk)
+    if found.network:
+        yield "received by one process in a step"
+        yield from (_row(line.name, _gib(line.bytes), line.why) for line in found.network)
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _row(name: str, value: str, why: str) -> str:
