@@ -37,6 +37,7 @@ from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
 from qlora_dist.train.pulse import Pulse
+from qlora_dist.train.rehearsal import rehearse
 from qlora_dist.train.saver import Saver
 from qlora_dist.train.stopwatch import Stopwatch
 from qlora_dist.train.strategy import STRATEGIES, Gradients
@@ -186,8 +187,10 @@ def _train(
     )
     training.step = state.step
     clock.lap("the rest")
-    log.say(f"ready after {clock}")
     try:
+        rehearse(training, state, owned)
+        clock.lap("the longest batch")
+        log.say(f"ready after {clock}")
         end = fit(training, state)
     finally:
         progress.step = training.step

@@ -1,0 +1,107 @@
+"""The longest batch that is to come, tried before the first step: memory runs out now, or never."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from qlora_dist.errors import PlanError
+from qlora_dist.fitting import what_fits
+from qlora_dist.plan import attention_of
+from qlora_dist.sizes import GIB
+from qlora_dist.train.batch import make_batch
+from qlora_dist.train.checkpoint import TrainState
+from qlora_dist.train.generators import get_rng, set_rng
+from qlora_dist.train.objective import summed_loss
+from qlora_dist.train.optimizer import moment_bytes
+from qlora_dist.train.trainer import Training
+
+# Sequences of the schedule that are looked at together.
+_AT_ONCE = 1 << 20
+
+
+def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) -> None:
+    """Run the longest batch forward and backward, and leave no trace of it; all ranks together.
+
+    Args:
+        t: A training that is ready to begin.
+        state: Where it begins.
+        owned: The parameters that this process's optimizer is for.
+
+    Raises:
+        PlanError: It does not fit.
+    """
+    assert t.length.steps is not None
+    if state.step >= t.length.steps:
+        return
+    t.world.pulse.at("trying the longest batch", state.step)
+    rows = longest_rows(t, state)
+    documents = [t.corpus.documents(row) for row in rows]
+    batch = make_batch(documents, flat=t.flat, pad_id=t.pad_id, device=t.world.device)
+    generators = get_rng(t.world.device)
+    try:
+        # They are made at the first step, and stay.
+        moments = _room_for_moments(t, owned) if state.step == 0 else None
+        with t.autocast():
+            loss = summed_loss(t.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError as error:
+        raise PlanError(_too_large(t, batch.input_ids.shape, error)) from error
+    del moments, loss
+    t.gradients.zero()
+    set_rng(generators, t.world.device)
+    if t.world.device.type == "cuda":
+        peak, planned = torch.cuda.max_memory_allocated(), t.plan.memory.peak_bytes
+        t.say(
+            f"memory: the longest batch, {_size(batch.input_ids.shape)}, takes {peak / GIB:.2f} "
+            f"GiB; the plan for the longest that the limits allow says {planned / GIB:.2f} GiB"
+        )
+
+
+def longest_rows(t: Training, state: TrainState) -> npt.NDArray[np.int64]:
+    """Sequences of the largest forward pass from a state to the run's end.
+
+    Returns:
+        Their indices, int64 of shape ``(micro_size,)``.
+    """
+    assert t.length.steps is not None
+    batch, micro = t.plan.spec.batch.global_size, t.plan.spec.batch.micro_size
+    end = state.position + (t.length.steps - state.step) * batch
+    largest, found = -1, np.empty(0, np.int64)
+    step = max(1, _AT_ONCE // batch) * batch
+    for begin in range(state.position, end, step):
+        rows = t.schedule.samples(begin, min(step, end - begin)).reshape(-1, micro)
+        lengths = t.corpus.lengths[rows]
+        sizes = lengths.sum(axis=1) if t.flat else lengths.max(axis=1) * micro
+        place = int(sizes.argmax())
+        if sizes[place] > largest:
+            largest, found = int(sizes[place]), rows[place]
+    return found
+
+
+def _room_for_moments(t: Training, owned: Mapping[str, nn.Parameter]) -> torch.Tensor | None:
+    section = t.plan.spec.optimizer
+    if section.kind.startswith("paged_"):
+        return None
+    size = sum(moment_bytes(section, parameter) for parameter in owned.values())
+    return torch.empty(size, dtype=torch.uint8, device=t.world.device)
+
+
+def _too_large(t: Training, shape: torch.Size, error: torch.OutOfMemoryError) -> str:
+    spec, plan = t.plan.spec, t.plan
+    ways = [
+        " ".join(f"{key}={value}" for key, value in fit.changes.items())
+        for fit in what_fits(spec, plan.shape, attention=attention_of(spec))
+        if fit.needed_bytes < plan.memory.needed_bytes
+    ]
+    advice = f"what the plan would take: {'; or '.join(ways)}. " if ways else ""
+    return (
+        f"batch.micro_size: the longest batch, {_size(shape)}, does not fit beside the model, and "
+        f"the plan counted {plan.memory.peak_bytes / GIB:.2f} GiB: {advice}{error}"
+    )
+
+
+def _size(shape: torch.Size) -> str:
+    return f"{shape[0]} x {shape[1]:,} tokens"
