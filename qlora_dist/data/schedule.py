@@ -17,9 +17,10 @@ from qlora_dist.spec import RunSpec
 # transformers' LengthGroupedSampler sorts inside groups of at most this many global batches.
 _MEGABATCH = 50
 
-
 # Global batches from which the part of padding is taken; an epoch of fewer is taken whole.
 _MEASURED_BATCHES = 1000
+# Sequences that are looked at together in search of the longest batch.
+_AT_ONCE = 1 << 20
 
 
 class SampleSchedule:
@@ -91,6 +92,40 @@ def shard(
         accumulation step by accumulation step and rank by rank, are the global batch in order.
     """
     return samples.reshape(-1, world_size, micro_size)[:, rank]
+
+
+def longest_micro_batch(
+    schedule: SampleSchedule,
+    lengths: npt.NDArray[np.int64],
+    *,
+    begin: int,
+    end: int,
+    micro_size: int,
+    padded: bool,
+) -> npt.NDArray[np.int64]:
+    """The forward pass with most tokens between two positions.
+
+    Args:
+        schedule: The order.
+        lengths: Tokens of each sequence.
+        begin: The first position, a multiple of ``micro_size``.
+        end: One after the last, another multiple.
+        micro_size: Sequences in a forward pass.
+        padded: Whether sequences are padded to the longest beside them.
+
+    Returns:
+        Its sequences, int64 of shape ``(micro_size,)``.
+    """
+    most, found = -1, np.empty(0, np.int64)
+    step = max(1, _AT_ONCE // micro_size) * micro_size
+    for start in range(begin, end, step):
+        rows = schedule.samples(start, min(step, end - start)).reshape(-1, micro_size)
+        each = lengths[rows]
+        sizes = each.max(axis=1) * micro_size if padded else each.sum(axis=1)
+        place = int(sizes.argmax())
+        if sizes[place] > most:
+            most, found = int(sizes[place]), rows[place]
+    return found
 
 
 def make_schedule(spec: RunSpec, corpus: Corpus) -> SampleSchedule:

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from qlora_dist.data.schedule import longest_micro_batch
 from qlora_dist.errors import PlanError
 from qlora_dist.fitting import what_fits
 from qlora_dist.plan import attention_of
@@ -17,9 +16,6 @@ from qlora_dist.train.generators import get_rng, set_rng
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import moment_bytes
 from qlora_dist.train.trainer import Training
-
-# Sequences of the schedule that are looked at together.
-_AT_ONCE = 1 << 20
 
 
 def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) -> None:
@@ -37,7 +33,15 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
     if state.step >= t.length.steps:
         return
     t.world.pulse.at("trying the longest batch", state.step)
-    rows = longest_rows(t, state)
+    size = t.plan.spec.batch.global_size
+    rows = longest_micro_batch(
+        t.schedule,
+        t.corpus.lengths,
+        begin=state.position,
+        end=state.position + (t.length.steps - state.step) * size,
+        micro_size=t.plan.spec.batch.micro_size,
+        padded=not t.flat,
+    )
     documents = [t.corpus.documents(row) for row in rows]
     batch = make_batch(documents, flat=t.flat, pad_id=t.pad_id, device=t.world.device)
     generators = get_rng(t.world.device)
@@ -58,27 +62,6 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
             f"memory: the longest batch, {_size(batch.input_ids.shape)}, takes {peak / GIB:.2f} "
             f"GiB; the plan for the longest that the limits allow says {planned / GIB:.2f} GiB"
         )
-
-
-def longest_rows(t: Training, state: TrainState) -> npt.NDArray[np.int64]:
-    """Sequences of the largest forward pass from a state to the run's end.
-
-    Returns:
-        Their indices, int64 of shape ``(micro_size,)``.
-    """
-    assert t.length.steps is not None
-    batch, micro = t.plan.spec.batch.global_size, t.plan.spec.batch.micro_size
-    end = state.position + (t.length.steps - state.step) * batch
-    largest, found = -1, np.empty(0, np.int64)
-    step = max(1, _AT_ONCE // batch) * batch
-    for begin in range(state.position, end, step):
-        rows = t.schedule.samples(begin, min(step, end - begin)).reshape(-1, micro)
-        lengths = t.corpus.lengths[rows]
-        sizes = lengths.sum(axis=1) if t.flat else lengths.max(axis=1) * micro
-        place = int(sizes.argmax())
-        if sizes[place] > largest:
-            largest, found = int(sizes[place]), rows[place]
-    return found
 
 
 def _room_for_moments(t: Training, owned: Mapping[str, nn.Parameter]) -> torch.Tensor | None:
