@@ -13,6 +13,7 @@ have to be the manifest's.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -48,6 +49,7 @@ _FILE_BYTES = 4 * GIB
 # bitsandbytes' JSON about a matrix has no fixed length; blanks fill it up.
 _STATE_BYTES = 512
 _STATE = "quant_state.bitsandbytes__nf4"
+_COPY_BYTES = 64 << 20
 # Pages of each of the base's files that its fingerprint reads.
 _PAGES, _PAGE_BYTES = 64, 4096
 
@@ -139,6 +141,42 @@ def ensure_cache(
     say(f"model: quantising into {path}")
     _write(spec, path, device, on_bytes)
     return path
+
+
+def copy_to(
+    path: Path, root: Path, *, on_bytes: Callable[[int, int], None] = lambda *_: None
+) -> Path:
+    """A copy of a cache in another folder, on faster storage: the one that is there, or a new one.
+
+    Args:
+        path: The cache.
+        root: The other folder.
+        on_bytes: Told how many bytes of how many are copied; what it raises ends the copy.
+
+    Raises:
+        OSError: There is no room, or the storage refused; nothing is left there.
+    """
+    copy = root / path.name
+    try:
+        read_manifest(copy)
+    except FileNotFoundError:
+        pass
+    except DamagedCacheError:
+        set_aside(copy)
+    else:
+        return copy
+    names = [MANIFEST, *read_manifest(path)["files"]]
+    total, done = sum((path / name).stat().st_size for name in names), 0
+    with unfinished.writing(copy) as partial:
+        if shutil.disk_usage(partial).free < total:
+            raise OSError(errno.ENOSPC, f"{total / GIB:.1f} GiB do not fit", str(root))
+        for name in names:
+            with (path / name).open("rb") as source, (partial / name).open("wb") as target:
+                while data := source.read(_COPY_BYTES):
+                    target.write(data)
+                    done += len(data)
+                    on_bytes(done, total)
+    return copy
 
 
 def set_aside(path: Path) -> None:

@@ -80,21 +80,20 @@ def train(
     world.check_sum()
     clock.lap("process group")
     with _attempt(run, place, world) as progress.attempt:
-        _train(run, plan, world, stop, progress, clock, echo=place.attempt is None)
+        _train(run, plan, place, world, stop, progress, clock)
     world.stop()
 
 
 def _train(
     run: RunDir,
     plan: Plan,
+    place: Place,
     world: World,
     stop: StopRequest,
     progress: Progress,
     clock: Stopwatch,
-    *,
-    echo: bool,
 ) -> None:
-    spec = plan.spec
+    spec, echo = plan.spec, place.attempt is None
     assert progress.attempt is not None
     log = RunLog(run, progress.attempt, world, echo=echo)
     if echo and world.rank == 0 and (line := other_code(run)) is not None:
@@ -134,7 +133,7 @@ def _train(
     parameters = trainable(model)
     _say_model(log, plan, targets, parameters, num_linear)
     strategy.shard(base.model, parameters)
-    load_weights(base, spec, world, strategy, stop, check_stop, log)
+    load_weights(base, spec, world, strategy, stop, check_stop, log, place.local_dir)
     clock.lap("model")
 
     gradients = Gradients(parameters)

@@ -13,7 +13,7 @@ from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train import nf4_cache
 from qlora_dist.train.load import EmptyBase, fill_base
 from qlora_dist.train.log import EverySoOften, RunLog
-from qlora_dist.train.preempt import StopRequest
+from qlora_dist.train.preempt import Preempted, StopRequest
 from qlora_dist.train.strategy import Strategy
 from qlora_dist.train.world import World
 
@@ -26,8 +26,19 @@ def load_weights(
     stop: StopRequest,
     check_stop: Callable[[], None],
     log: RunLog,
+    local_dir: str = "",
 ) -> None:
     """Give the base its weights, all processes in step; from a cache, where the spec wants one.
+
+    Args:
+        base: Empty.
+        spec: Names the model, and the cache.
+        world: The processes.
+        strategy: Which rows are this process's.
+        stop: Whether this process has been asked to stop.
+        check_stop: Raises on all processes if any was.
+        log: For a person.
+        local_dir: Where each machine keeps a copy of the cache, on storage of its own.
 
     Raises:
         DamagedCacheError: A cache is damaged, and so is the one that was made instead.
@@ -57,18 +68,25 @@ def load_weights(
     if not isinstance(spec.quantization, Nf4Quantization) or spec.quantization.cache_dir is None:
         read(None, None)
         return
-    for attempt in range(2):
+    near = bool(local_dir)
+    for attempt in range(2 + near):
         folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
+        copied = near and attempt == 0
+        source = _near(folder, Path(local_dir), world, stop, check_stop, log) if copied else folder
         sums: dict[str, torch.Tensor] = {}
-        read(folder, sums)
-        problem = nf4_cache.wrong_sum(folder, _total(sums, folder, world if shared else None))
+        read(source, sums)
+        problem = nf4_cache.wrong_sum(source, _total(sums, source, world if shared else None))
         problem = world.first_text(problem)
         if not problem:
             return
+        if source != folder and world.local_rank == 0:
+            nf4_cache.set_aside(source)
+        if copied:
+            log.say(f"model: {problem}; reading {folder}")
+            continue
         if world.rank == 0:
             nf4_cache.set_aside(folder)
-        if attempt == 0:
-            log.say(f"model: {problem}; quantising again")
+        log.say(f"model: {problem}; quantising again")
     raise nf4_cache.DamagedCacheError(problem)
 
 
@@ -92,6 +110,37 @@ def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, 
 
     path = Path(world.on_rank_0(name, work, stop.here))
     wait_for(path, SEEN_WITHIN_S)
+    return path
+
+
+def _near(
+    folder: Path,
+    local_dir: Path,
+    world: World,
+    stop: StopRequest,
+    check_stop: Callable[[], None],
+    log: RunLog,
+) -> Path:
+    """This machine's own copy of a cache; the cache itself where there is no room for one."""
+
+    def work(check: Callable[[], None]) -> str:
+        progress = EverySoOften(log.say)
+
+        def on_bytes(done: int, total: int) -> None:
+            check()
+            progress.say(f"model: {done / GIB:.1f} of {total / GIB:.1f} GiB copied to {local_dir}")
+
+        try:
+            return str(nf4_cache.copy_to(folder, local_dir, on_bytes=on_bytes))
+        except Preempted:
+            # The other machines may not know yet.
+            return str(folder)
+        except OSError as error:
+            log.say(f"model: no copy on this node, reading {folder}: {error}")
+            return str(folder)
+
+    path = Path(world.on_each_node(f"copying the base to {local_dir}", work, stop.here))
+    check_stop()
     return path
 
 

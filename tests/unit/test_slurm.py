@@ -174,7 +174,7 @@ def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
         tmp_path / "r",
         "partition: gpu\naccount: lab\nmem_gb: 1.5\nsignal_lead_s: 300\nnetwork_interface: ib0\n"
         "setup: [module load cuda]\nenv: {A: b c}\nsbatch: {nice: 100}\ngres: gpu:a100:4\n"
-        "cpus: 32\nmail_user: me@lab\n",
+        "cpus: 32\nmail_user: me@lab\nlocal_dir: /local/$SLURM_JOB_ID\n",
     )
     for line in (
         *("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:a100:4", "--time=1590", "--requeue"),
@@ -187,6 +187,8 @@ def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
     body = text.partition("# setup\n")[2].splitlines()
     assert body[0] == "trap '' TERM USR1 USR2"
     assert "export NCCL_SOCKET_IFNAME=ib0" in body
+    # Each process puts in what its own machine says.
+    assert "export QLORA_LOCAL_DIR='/local/$SLURM_JOB_ID'" in body
     assert body.index("export A='b c'") < body.index("module load cuda")
     assert body[-1].startswith("exec ")
 
