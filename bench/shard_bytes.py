@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes import functional
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -211,17 +212,23 @@ def main():
                     seen.look(layers[module], module.weight)
             layer.reshard()
 
+    def look(adapted):
+        layer = adapted.get_base_layer()
+        seen.look(layers[layer], layer.weight)
+
     def before(module, _inputs):
-        seen.look(layers[module], module.weight)
+        look(module)
 
     def in_backward(module, _inputs, output):
         if output.requires_grad:
-            output.register_hook(lambda _: seen.look(layers[module], module.weight))
+            output.register_hook(lambda _: look(module))
 
     compare_all()
-    for module in layers:
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(in_backward)
+    # A layer's product with its adapter is one: the matrix is used where PEFT's layer is called.
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(in_backward)
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, strategy.owned(parameters))
     model.train()

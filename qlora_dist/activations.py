@@ -11,7 +11,7 @@ from qlora_dist.shapes import ModelShape
 from qlora_dist.sizes import (
     NF4_BLOCK,
     Component,
-    autocast_copies,
+    dequantised_slices,
     dtype_bytes,
     layer_targets,
 )
@@ -79,12 +79,19 @@ class _Sizes:
         return Component("logits", size * num_bytes, why)
 
     def workspace(self) -> int:
-        """Bytes of the largest matrix, dequantised, and of its constants."""
-        quantization = self.spec.quantization
-        if not isinstance(quantization, Nf4Quantization):
-            return 0
-        largest = max(rows * cols for rows, cols in self.shape.linears.values())
-        return largest * self.b + (largest // NF4_BLOCK * 4 if quantization.double else 0)
+        """Bytes that the largest product needs beside its operands, in its backward pass."""
+        return max(self._workspace(*sizes) for sizes in self.shape.linears.values())
+
+    def _workspace(self, rows: int, cols: int) -> int:
+        # Of the adapter's two matrices: in the dtype of the computation, and their gradients.
+        stored = 4 if self.spec.adapter.dtype == "fp32" else 2
+        adapter = self.spec.adapter.r * (rows + cols) * (2 * self.b + stored)
+        if not isinstance(self.spec.quantization, Nf4Quantization):
+            return adapter
+        slices = dequantised_slices(rows, cols, self.b)
+        # A slice dequantised and, of several, a copy of its packed columns; all constants.
+        packed = rows * cols // 2 // slices if slices > 1 else 0
+        return rows * cols * self.b // slices + packed + rows * cols // NF4_BLOCK * 4 + adapter
 
 
 def _loss(at: _Sizes) -> Moment:
@@ -93,7 +100,7 @@ def _loss(at: _Sizes) -> Moment:
     # before and behind them, in fp32.
     norm = at.tokens * at.shape.hidden_size * 4
     kept, why = _kept(at)
-    components = (Component("activations", kept + norm, why), at.logits(3 * 4), *_copies(at))
+    components = (Component("activations", kept + norm, why), at.logits(3 * 4))
     return Moment("the loss's gradient", components, gathered_layers=0)
 
 
@@ -102,11 +109,11 @@ def _backward(at: _Sizes) -> Moment:
     kept, why = _kept(at)
     workspace = at.workspace()
     if at.spec.model.gradient_checkpointing:
-        # Whichever is more. In the MLP's last product: the dequantised matrix, the two residuals,
-        # the product and the gradient of all of it. Further down: gradients on their way.
-        passing = max(workspace + 4 * at.hidden, 2 * at.inner + at.hidden, at.inner + 5 * at.hidden)
+        # The two residuals, the gradient of all of it and of the MLP's last product; with it that
+        # product's matrix, or its input with dropout, there and back. Further down: gradients.
+        masked = 2 * at.inner if at.spec.adapter.dropout > 0 else 0
+        passing = 4 * at.hidden + max(workspace, masked, 3 * at.hidden)
         kept += layer_activation_bytes(at)
-        kept += autocast_copies(at.spec, at.shape) // at.shape.num_layers
         why += f" and one whole layer of {at.tokens:,} tokens"
     else:
         # The last norm's, all in fp32: its input, its gradient and three that lead to it.
@@ -114,7 +121,6 @@ def _backward(at: _Sizes) -> Moment:
     components = (
         Component("activations", kept, why),
         Component("passing", passing, "a dequantised matrix, or gradients on their way"),
-        *_copies(at),
     )
     return Moment("the last layer's backward pass", components, gathered_layers=2)
 
@@ -140,21 +146,11 @@ def _kept(at: _Sizes) -> tuple[int, str]:
     return kept, f"{layers} whole layers of {at.tokens:,} tokens"
 
 
-def _copies(at: _Sizes) -> tuple[Component, ...]:
-    """Autocast's copies of the adapter's weights, which a backward pass needs again."""
-    size = autocast_copies(at.spec, at.shape)
-    if at.spec.model.gradient_checkpointing:
-        # They come and go with each layer.
-        return ()
-    why = f"the adapter in {at.spec.model.dtype}, kept for the backward pass"
-    return (Component("adapter's copies", size, why),) if size else ()
-
-
 def layer_activation_bytes(at: _Sizes) -> int:
     """Bytes that one decoder layer keeps for its backward pass.
 
-    A frozen product keeps no input, the adapter's keeps its own; dropout adds a copy and a mask
-    byte for each layer that it feeds.
+    A product with an adapter (qlora_dist.train.lora) keeps its input, which others may keep too,
+    and with dropout a mask of bytes of its own; a frozen one keeps nothing.
     """
     spec, shape, b = at.spec, at.shape, at.b
     hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
@@ -167,14 +163,13 @@ def layer_activation_bytes(at: _Sizes) -> int:
 
     def adapter_inputs(width: int, names: set[str]) -> int:
         fed = len(names & targets)
-        if spec.adapter.dropout > 0:
-            return fed * (b + 1) * width
-        return b * width if fed else 0
+        masks = fed * width if spec.adapter.dropout > 0 else 0
+        return b * width + masks if fed else 0
 
     inputs = (
         adapter_inputs(hidden, {"q_proj", "k_proj", "v_proj"})
-        # Attention's output is kept already; only dropout copies it.
-        + (adapter_inputs(query, {"o_proj"}) if spec.adapter.dropout > 0 else 0)
+        # Attention's output is kept already.
+        + max(0, adapter_inputs(query, {"o_proj"}) - b * query)
         + adapter_inputs(hidden, {"gate_proj", "up_proj"})
         + adapter_inputs(inner, {"down_proj"})
     )

@@ -15,6 +15,11 @@ NESTED_BLOCK = 256
 OPTIMIZER_BLOCK = 256
 
 
+# A matrix that is larger dequantised is dequantised in slices of at most this: what the cache of a
+# GPU holds (H100: 50 MB) until the product has read it.
+_SLICE_BYTES = 32 * 2**20
+
+
 @dataclass(frozen=True)
 class Component:
     """One line of an account.
@@ -70,13 +75,6 @@ def dtype_bytes(spec: RunSpec) -> int:
     return 2 if spec.model.dtype == "bf16" else 4
 
 
-def autocast_copies(spec: RunSpec, shape: ModelShape) -> int:
-    """Bytes of the adapter's weights in the dtype of the computation, where that is another."""
-    stored = 4 if spec.adapter.dtype == "fp32" else 2
-    compute = dtype_bytes(spec)
-    return adapter_params(spec, shape) * compute if compute < stored else 0
-
-
 def adapter_bytes(spec: RunSpec, shape: ModelShape) -> int:
     """Bytes of the adapter's weights, as they are trained and saved; its gradients take as many."""
     return adapter_params(spec, shape) * (4 if spec.adapter.dtype == "fp32" else 2)
@@ -109,3 +107,14 @@ def base_bytes(spec: RunSpec, shape: ModelShape) -> int:
     """Bytes of the whole base, as it is stored while training."""
     kept = shape.num_embedding_params + shape.num_other_params
     return shape.num_layers * layer_bytes(spec, shape) + kept * dtype_bytes(spec)
+
+
+def dequantised_slices(rows: int, width: int, element: int) -> int:
+    """Into how many slices a quantised matrix is cut when it is multiplied.
+
+    Args:
+        rows: Its outputs.
+        width: Its inputs.
+        element: Bytes of a number of the computation.
+    """
+    return math.ceil(rows * width * element / _SLICE_BYTES)

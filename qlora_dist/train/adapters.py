@@ -10,6 +10,7 @@ from torch import nn
 from qlora_dist.errors import ModelError
 from qlora_dist.spec import LoraAdapter
 from qlora_dist.train.load import DTYPES, linear_layers
+from qlora_dist.train.lora import fuse
 
 
 def target_modules(base: nn.Module, adapter: LoraAdapter) -> list[str]:
@@ -82,6 +83,7 @@ def add_adapter(
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False
+    fuse(model)
     return model
 
 

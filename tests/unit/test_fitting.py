@@ -26,7 +26,11 @@ def plan(*overrides):
         (["resources.gpus_per_node=8", "strategy.kind=fsdp", "resources.gpu=a100-40gb"], None),
         (
             ["resources.gpus_per_node=2", "strategy.kind=fsdp", "resources.gpu=24gib"],
-            [{"resources.gpus_per_node": 4}, {"resources.gpu": "v100-32gb"}],
+            [
+                {"adapter.dtype": "bf16", "optimizer.kind": "paged_adamw_8bit"},
+                {"resources.gpus_per_node": 4},
+                {"resources.gpu": "v100-32gb"},
+            ],
         ),
         (
             ["resources.gpus_per_node=8", "strategy.kind=ddp", "resources.gpu=a100-40gb"],
