@@ -128,7 +128,12 @@ def _backward(at: _Sizes) -> Moment:
 def _evaluation(at: _Sizes) -> Moment:
     """A forward pass that keeps nothing."""
     logits = at.logits(at.b + 4 + 4)
-    layer = at.workspace() + 3 * at.inner + 4 * at.hidden
+    # PEFT's own product dequantises the whole matrix.
+    largest = max(rows * cols for rows, cols in at.shape.linears.values())
+    matrix = largest * at.b if isinstance(at.spec.quantization, Nf4Quantization) else 0
+    layer = matrix + 3 * at.inner + 4 * at.hidden
+    if at.attention == "eager":
+        layer += at.rows * at.shape.num_heads * at.seq**2 * (4 + 2 * at.b)
     why = f"{at.rows} sequences in a forward pass"
     if logits.bytes > layer:
         components: tuple[Component, ...] = (Component("activations", at.hidden, why), logits)

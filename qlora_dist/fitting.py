@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dist.memory import GPU_MIB, plan_memory
+from qlora_dist.memory import BEFORE_AMPERE, GPU_MIB, plan_memory
 from qlora_dist.shapes import ModelShape
 from qlora_dist.spec import RunSpec
 
@@ -49,6 +49,23 @@ def what_fits(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Fit,
         _larger_gpu(spec, shape, attention),
     ]
     return tuple(fit for fit in found if fit is not None)
+
+
+def what_takes_less(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Fit, ...]:
+    """Single changes that need less memory on the same GPUs, those that keep the result first.
+
+    Args:
+        spec: The run.
+        shape: Its model.
+        attention: Its attention kernel.
+    """
+    before = _planned(spec, shape, attention, {})[0].needed_bytes
+    found = [
+        _planned(spec, shape, attention, {key: value})[0]
+        for key, value in _SMALLER
+        if _value(spec, key) not in (None, value)
+    ]
+    return tuple(fit for fit in found if fit.needed_bytes < before)
 
 
 def changed(spec: RunSpec, changes: Mapping[str, Any]) -> RunSpec:
@@ -101,28 +118,35 @@ def _smaller(spec: RunSpec, shape: ModelShape, attention: str) -> Fit | None:
 def _more_gpus(spec: RunSpec, shape: ModelShape, attention: str) -> Fit | None:
     """As few GPUs as hold it under fsdp, those that there are at first, if the batch divides."""
     resources = spec.resources
-    count = resources.nodes * resources.gpus_per_node
-    node = max(resources.gpus_per_node, _NODE)
-    if count == 1 or spec.strategy.kind == "fsdp":
-        count *= 2
-    while count <= _MOST_GPUS:
-        changes: dict[str, Any] = {"strategy.kind": "fsdp"}
-        changes["resources.gpus_per_node"] = min(count, node)
-        if count > node:
-            changes["resources.nodes"] = count // node
-            if resources.backend == "local":
-                changes["resources.backend"] = "slurm"
-        changes = {key: value for key, value in changes.items() if _value(spec, key) != value}
-        fit, fits = _planned(spec, shape, attention, changes)
-        if fits:
-            return fit if spec.batch.global_size % (count * spec.batch.micro_size) == 0 else None
-        count *= 2
+    nodes, gpus = resources.nodes, resources.gpus_per_node
+    while nodes * gpus <= _MOST_GPUS:
+        count = nodes * gpus
+        wanted: dict[str, Any] = {
+            "strategy.kind": "fsdp",
+            "resources.nodes": nodes,
+            "resources.gpus_per_node": gpus,
+        }
+        if nodes > 1 and resources.backend == "local":
+            wanted["resources.backend"] = "slurm"
+        changes = {key: value for key, value in wanted.items() if _value(spec, key) != value}
+        divides = spec.batch.global_size % (count * spec.batch.micro_size) == 0
+        if changes and divides and count > 1:
+            fit, fits = _planned(spec, shape, attention, changes)
+            if fits:
+                return fit
+        # The node is filled first, then there are more of them.
+        if nodes == 1 and 2 * gpus <= _NODE:
+            gpus *= 2
+        else:
+            nodes *= 2
     return None
 
 
 def _larger_gpu(spec: RunSpec, shape: ModelShape, attention: str) -> Fit | None:
     """The smallest GPU that holds it as it is."""
     for name in sorted(GPU_MIB, key=lambda name: GPU_MIB[name]):
+        if name in BEFORE_AMPERE and spec.model.dtype == "bf16":
+            continue
         fit, fits = _planned(spec, shape, attention, {"resources.gpu": name})
         if fits:
             return fit

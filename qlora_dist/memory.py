@@ -35,6 +35,9 @@ GPU_MIB: dict[str, int] = {
     "h200-141gb": 143771,
 }
 
+# GPUs without bf16.
+BEFORE_AMPERE = frozenset({"t4-16gb", "v100-32gb"})
+
 # What a process holds outside torch's allocator. On a GPU: CUDA context, cuBLAS workspace, and
 # (more than one process) NCCL's buffers. On a CPU: the interpreter and its libraries.
 CONTEXT_BYTES = GIB

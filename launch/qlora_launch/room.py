@@ -17,33 +17,32 @@ def shortages(plan: Plan) -> list[str]:
     Folders on one disk are counted together.
     """
     sizes = {line.name: line.bytes for line in plan.footprint.disk}
-    folders = [(run_dir_of(plan.spec), sizes["checkpoints"] + sizes["adapter"])]
+    run = f"checkpoints of {sizes['one checkpoint'] / GIB:.1f} GiB each (checkpoint.keep_last)"
+    wanted = [(run_dir_of(plan.spec), sizes["checkpoints"] + sizes["adapter"], run)]
     nf4 = plan.spec.quantization
     if isinstance(nf4, Nf4Quantization) and nf4.cache_dir is not None:
-        cache = Path(nf4.cache_dir).expanduser().absolute()
-        with contextlib.suppress(OSError):
-            # One that holds something may hold this base.
-            if not (cache.is_dir() and any(cache.iterdir())):
-                folders.append((cache, sizes["NF4 cache"]))
-    disks: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for folder, size in folders:
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        with contextlib.suppress(OSError):
-            disks[existing.stat().st_dev].append((existing, size))
-    return [line for found in disks.values() if (line := _shortage(plan, found))]
+        wanted.append((Path(nf4.cache_dir), sizes["NF4 cache"], "quantization.cache_dir"))
+    disks: defaultdict[int, list[tuple[Path, int, str]]] = defaultdict(list)
+    for folder, size, what in wanted:
+        with contextlib.suppress(OSError, RuntimeError):
+            path = folder.expanduser().absolute()
+            # A folder of caches that holds something may hold this base.
+            if what == "quantization.cache_dir" and path.is_dir() and any(path.iterdir()):
+                continue
+            existing = next(parent for parent in (path, *path.parents) if parent.exists())
+            disks[existing.stat().st_dev].append((existing, size, what))
+    return [line for found in disks.values() if (line := _shortage(found))]
 
 
-def _shortage(plan: Plan, found: list[tuple[Path, int]]) -> str:
-    place, needed = found[0][0], sum(size for _, size in found)
-    free = shutil.disk_usage(place).free
+def _shortage(found: list[tuple[Path, int, str]]) -> str:
+    place, needed = found[0][0], sum(size for _, size, _ in found)
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return ""
     if free >= needed:
         return ""
     return (
         f"disk: {place} has {free / GIB:.1f} GiB free, and the run writes up to "
-        f"{needed / GIB:.1f} GiB there, {_one(plan) / GIB:.1f} GiB a checkpoint; keep fewer "
-        "(checkpoint.keep_last), or choose another run_dir"
+        f"{needed / GIB:.1f} GiB there: {' and '.join(what for _, _, what in found)}"
     )
-
-
-def _one(plan: Plan) -> int:
-    return next(line.bytes for line in plan.footprint.disk if line.name == "one checkpoint")

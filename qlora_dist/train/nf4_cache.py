@@ -36,7 +36,7 @@ from qlora_dist.files import (
 )
 from qlora_dist.sizes import GIB, NESTED_BLOCK, NF4_BLOCK
 from qlora_dist.spec import Nf4Quantization, RunSpec
-from qlora_dist.train.base_files import INDEX, find_files
+from qlora_dist.train.base_files import INDEX, Stored, find_files
 from qlora_dist.train.fill import Slot
 from qlora_dist.train.load import COMPANIONS, DTYPES, base_folder, empty_base, fill_base
 from qlora_dist.train.nf4 import Nf4Tensor
@@ -159,12 +159,13 @@ def copy_to(
     copy = root / path.name
     try:
         read_manifest(copy)
+        if _looks_alike(copy, path):
+            return copy
+        set_aside(copy)
     except FileNotFoundError:
         pass
     except DamagedCacheError:
         set_aside(copy)
-    else:
-        return copy
     names = [MANIFEST, *read_manifest(path)["files"]]
     total, done = sum((path / name).stat().st_size for name in names), 0
     with unfinished.writing(copy) as partial:
@@ -176,7 +177,32 @@ def copy_to(
                     target.write(data)
                     done += len(data)
                     on_bytes(done, total)
+            # A node that dies must leave no file of the right size that holds nothing.
+            fsync_file(partial / name)
+        fsync_dir(partial)
     return copy
+
+
+def _looks_alike(copy: Path, path: Path) -> bool:
+    """Whether all that is read before the sums can be compared is the same."""
+    try:
+        ours, theirs = find_files(copy), find_files(path)
+        for name, stored in theirs.items():
+            mine = ours[name]
+            if (mine.start, mine.num_bytes) != (stored.start, stored.num_bytes):
+                return False
+            if stored.num_bytes <= _STATE_BYTES and _data(mine) != _data(stored):
+                return False
+        small = [name for name in read_manifest(path)["files"] if name.endswith(".json")]
+        return all((copy / name).read_bytes() == (path / name).read_bytes() for name in small)
+    except (ModelError, KeyError):
+        return False
+
+
+def _data(stored: Stored) -> bytes:
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        return file.read(stored.num_bytes)
 
 
 def set_aside(path: Path) -> None:

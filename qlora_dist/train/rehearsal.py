@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from qlora_dist.data.schedule import longest_micro_batch
-from qlora_dist.errors import PlanError
-from qlora_dist.fitting import what_fits
+from qlora_dist.errors import BadNodeError, PlanError
+from qlora_dist.fitting import what_takes_less
+from qlora_dist.memory import CONTEXT_BYTES, NCCL_BYTES
 from qlora_dist.plan import attention_of
 from qlora_dist.sizes import GIB
 from qlora_dist.train.batch import make_batch
@@ -16,6 +17,9 @@ from qlora_dist.train.generators import get_rng, set_rng
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import moment_bytes
 from qlora_dist.train.trainer import Training
+
+# Less than this nobody computes with.
+_OTHERS_BYTES = 2 * GIB
 
 
 def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) -> None:
@@ -41,6 +45,7 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
         end=state.position + (t.length.steps - state.step) * size,
         micro_size=t.plan.spec.batch.micro_size,
         padded=not t.flat,
+        check=lambda: t.world.pulse.at("looking for the longest batch", state.step),
     )
     documents = [t.corpus.documents(row) for row in rows]
     batch = make_batch(documents, flat=t.flat, pad_id=t.pad_id, device=t.world.device)
@@ -52,6 +57,7 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
             loss = summed_loss(t.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError as error:
+        _blame_others(t.world.device)
         raise PlanError(_too_large(t, batch.input_ids.shape, error)) from error
     del moments, loss
     t.gradients.zero()
@@ -72,14 +78,28 @@ def _room_for_moments(t: Training, owned: Mapping[str, nn.Parameter]) -> torch.T
     return torch.empty(size, dtype=torch.uint8, device=t.world.device)
 
 
+def _blame_others(device: torch.device) -> None:
+    """Another machine may do better where somebody else holds this GPU's memory.
+
+    Raises:
+        BadNodeError: Somebody does.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES - NCCL_BYTES
+    if others > _OTHERS_BYTES:
+        raise BadNodeError(
+            f"{device}: memory runs out, and other processes hold {others / GIB:.1f} GiB of it "
+            "(nvidia-smi shows them)"
+        )
+
+
 def _too_large(t: Training, shape: torch.Size, error: torch.OutOfMemoryError) -> str:
     spec, plan = t.plan.spec, t.plan
     ways = [
         " ".join(f"{key}={value}" for key, value in fit.changes.items())
-        for fit in what_fits(spec, plan.shape, attention=attention_of(spec))
-        if fit.needed_bytes < plan.memory.needed_bytes
+        for fit in what_takes_less(spec, plan.shape, attention=attention_of(spec))
     ]
-    advice = f"what the plan would take: {'; or '.join(ways)}. " if ways else ""
+    advice = f"less is taken with {', or '.join(ways)}. " if ways else ""
     return (
         f"batch.micro_size: the longest batch, {_size(shape)}, does not fit beside the model, and "
         f"the plan counted {plan.memory.peak_bytes / GIB:.2f} GiB: {advice}{error}"

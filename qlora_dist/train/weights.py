@@ -68,26 +68,59 @@ def load_weights(
     if not isinstance(spec.quantization, Nf4Quantization) or spec.quantization.cache_dir is None:
         read(None, None)
         return
-    near = bool(local_dir)
-    for attempt in range(2 + near):
-        folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
-        copied = near and attempt == 0
-        source = _near(folder, Path(local_dir), world, stop, check_stop, log) if copied else folder
+
+    def check(folder: Path) -> str:
+        """Read a cache; what is wrong with its bytes, the same text on all processes."""
         sums: dict[str, torch.Tensor] = {}
-        read(source, sums)
-        problem = nf4_cache.wrong_sum(source, _total(sums, source, world if shared else None))
-        problem = world.first_text(problem)
+        read(folder, sums)
+        own = nf4_cache.wrong_sum(folder, _total(sums, folder, world if shared else None))
+        return world.first_text(own)
+
+    local_dir = _usable(local_dir, log)
+    if world.any(bool(local_dir)):
+        folder = _open_cache(spec, world, stop, log, name="quantising the base")
+        copy = _near(folder, local_dir, world, stop, check_stop, log)
+        if _read_copy(copy, folder, check, world, log):
+            return
+    for attempt in range(2):
+        folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
+        problem = check(folder)
         if not problem:
             return
-        if source != folder and world.local_rank == 0:
-            nf4_cache.set_aside(source)
-        if copied:
-            log.say(f"model: {problem}; reading {folder}")
-            continue
         if world.rank == 0:
             nf4_cache.set_aside(folder)
         log.say(f"model: {problem}; quantising again")
     raise nf4_cache.DamagedCacheError(problem)
+
+
+def _usable(local_dir: str, log: RunLog) -> str:
+    """A folder for copies; empty, and said, if variables in its name are not known here."""
+    if not local_dir or ("$" not in local_dir and Path(local_dir).is_absolute()):
+        return local_dir
+    log.say(
+        f"model: no copy on the nodes: local_dir is {local_dir!r} to this process, which has "
+        "SLURM_*, TMPDIR and resources.pass_env of the environment"
+    )
+    return ""
+
+
+def _read_copy(
+    copy: Path, folder: Path, check: Callable[[Path], str], world: World, log: RunLog
+) -> bool:
+    """Read this node's copy of a cache; whether the bytes of all nodes' are right."""
+    try:
+        problem = check(copy)
+    except QLoRAError as error:
+        if copy == folder:
+            raise
+        nf4_cache.set_aside(copy)
+        raise QLoRAError(f"{error}; this node's copy of the base is removed") from error
+    if not problem:
+        return True
+    if copy != folder and world.local_rank == 0:
+        nf4_cache.set_aside(copy)
+    log.say(f"model: {problem}; reading {folder}")
+    return False
 
 
 def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, name: str) -> Path:
@@ -115,7 +148,7 @@ def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, 
 
 def _near(
     folder: Path,
-    local_dir: Path,
+    local_dir: str,
     world: World,
     stop: StopRequest,
     check_stop: Callable[[], None],
@@ -130,8 +163,10 @@ def _near(
             check()
             progress.say(f"model: {done / GIB:.1f} of {total / GIB:.1f} GiB copied to {local_dir}")
 
+        if not local_dir:
+            return str(folder)
         try:
-            return str(nf4_cache.copy_to(folder, local_dir, on_bytes=on_bytes))
+            return str(nf4_cache.copy_to(folder, Path(local_dir), on_bytes=on_bytes))
         except Preempted:
             # The other machines may not know yet.
             return str(folder)
@@ -139,7 +174,7 @@ def _near(
             log.say(f"model: no copy on this node, reading {folder}: {error}")
             return str(folder)
 
-    path = Path(world.on_each_node(f"copying the base to {local_dir}", work, stop.here))
+    path = Path(world.on_each_node("copying the base to the nodes", work, stop.here))
     check_stop()
     return path
 

@@ -42,6 +42,7 @@ class World:
         pulse: Told whenever this process waits for another.
         node: Number of this process's machine.
         local_rank: Rank on it.
+        num_nodes: Machines.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class World:
     pulse: Pulse = field(default_factory=Pulse)
     node: int = 0
     local_rank: int = 0
+    num_nodes: int = 1
     _timeout: timedelta = timedelta(minutes=30)
     _control: Any = None
     _store: Any = None
@@ -94,8 +96,8 @@ class World:
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
         node, local = rank // topology.processes_per_node, place.local_rank
-        ours = PrefixStore("qlora", store)
-        return cls(rank, size, device, pulse, node, local, timeout, control, ours)
+        ours, nodes = PrefixStore("qlora", store), topology.nodes
+        return cls(rank, size, device, pulse, node, local, nodes, timeout, control, ours)
 
     def second(self) -> "World":
         """The same processes over a control group of their own, for a thread beside this one's.
@@ -212,10 +214,21 @@ class World:
     ) -> Any:
         """The same on one process of each machine, for the others there.
 
-        Machines may come to different ends: who raises here must have the others agree.
+        All wait for all machines. These may come to different ends: who raises here must have the
+        others agree.
         """
-        key, leader = f"{name}, node {self.node}", f"the first process of node {self.node}"
-        return self._led(key, work, stop, leader=leader, leads=self.local_rank == 0)
+        found = self._led(
+            f"{name}, node {self.node}",
+            work,
+            stop,
+            leader=f"the first process of node {self.node}",
+            leads=self.local_rank == 0,
+        )
+        with self.pulse.waiting():
+            for node in range(self.num_nodes):
+                if node != self.node:
+                    self._hear(f"the first process of node {node}", f"{name}, node {node}", stop)
+        return found
 
     def _led(
         self,
@@ -252,6 +265,15 @@ class World:
                 self._store.set(f"{name}/done", json.dumps(told))
 
     def _wait_for(self, leader: str, name: str, stop: Callable[[], bool]) -> Any:
+        told = self._hear(leader, name, stop)
+        if "stopped" in told:
+            raise Preempted
+        if "error" in told:
+            raise (UserError if told["user"] else QLoRAError)(told["error"])
+        return told["value"]
+
+    def _hear(self, leader: str, name: str, stop: Callable[[], bool]) -> dict[str, Any]:
+        """What the leader says at the end of its work."""
         beat, heard, asked = b"", time.monotonic(), False
         while not self._store.check([f"{name}/done"]):
             if stop() and not asked:
@@ -264,12 +286,8 @@ class World:
             if time.monotonic() - heard > _SILENCE_S:
                 raise QLoRAError(f"{name}: no sign of life from {leader} for {_SILENCE_S:.0f} s")
             time.sleep(0.1)
-        told = json.loads(self._store.get(f"{name}/done"))
-        if "stopped" in told:
-            raise Preempted
-        if "error" in told:
-            raise (UserError if told["user"] else QLoRAError)(told["error"])
-        return told["value"]
+        told: dict[str, Any] = json.loads(self._store.get(f"{name}/done"))
+        return told
 
     def check_sum(self) -> None:
         """Sum a small tensor over all ranks on their devices, and see whether it is right.

@@ -138,7 +138,15 @@ def test_a_copy_on_the_node_is_read_and_a_damaged_or_impossible_one_is_not(cache
     assert not copy.exists()
     done = qlora("run", cached("nowhere"), env={"QLORA_LOCAL_DIR": "/proc/nowhere"})
     assert "model: no copy on this node, reading" in done.stdout
-    for name in ("near", "flipped", "nowhere"):
+    done = qlora("run", cached("unknown"), env={"QLORA_LOCAL_DIR": "/$SCRATCH_OF_NOBODY"})
+    assert "model: no copy on the nodes: local_dir is '/$SCRATCH_OF_NOBODY'" in done.stdout
+    # A node that died while it wrote: the right sizes, and nothing in them.
+    qlora("run", cached("again"), env=near)
+    size = file.stat().st_size
+    file.write_bytes(bytes(size))
+    qlora("run", cached("zeros"), env=near)
+    assert file.read_bytes() != bytes(size)
+    for name in ("near", "flipped", "nowhere", "unknown", "again", "zeros"):
         assert differences(RunDir(tmp_path / "whole"), RunDir(tmp_path / name)) == []
 
 

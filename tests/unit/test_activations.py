@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from gpu_memory import PREDICTIONS, plans
 
 from qlora_dist.plan import make_plan
 from qlora_dist.shapes import SHAPES
@@ -56,6 +57,11 @@ def spec_of(name, changes, tmp_path):
         section, _, inner = key.partition(".")
         tree[section] = tree[section] | {inner: value} if inner else value
     return spec_from_tree(tree)
+
+
+def test_what_was_written_down_before_measuring_is_what_the_plan_says(tmp_path):
+    """bench/gpu_memory.py compares with the file: `make gpu-memory ARGS=--predict` writes it."""
+    assert json.loads(PREDICTIONS.read_text()) == plans(tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)

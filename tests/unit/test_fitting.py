@@ -12,6 +12,7 @@ from qlora_launch.room import shortages
 from qlora_launch.show import plan_text
 
 GUANACO_65B = Path(__file__).parents[2] / "configs" / "guanaco-65b.yaml"
+SLURM = ("resources.backend=slurm",)
 
 
 def plan(*overrides):
@@ -29,7 +30,7 @@ def plan(*overrides):
             [
                 {"adapter.dtype": "bf16", "optimizer.kind": "paged_adamw_8bit"},
                 {"resources.gpus_per_node": 4},
-                {"resources.gpu": "v100-32gb"},
+                {"resources.gpu": "a100-40gb"},
             ],
         ),
         (
@@ -43,6 +44,33 @@ def plan(*overrides):
         (
             ["batch.micro_size=4", "model.gradient_checkpointing=false"],
             [{"model.gradient_checkpointing": True}],
+        ),
+        (
+            [*SLURM, "resources.nodes=2", "strategy.kind=ddp", "resources.gpu=a100-40gb"],
+            [
+                {"adapter.dtype": "bf16", "optimizer.kind": "paged_adamw_8bit"},
+                {"strategy.kind": "fsdp"},
+            ],
+        ),
+        (
+            [
+                *(*SLURM, "resources.nodes=3", "strategy.kind=ddp", "resources.gpu=a100-40gb"),
+                *("adapter.dtype=bf16", "batch.global_size=18"),
+            ],
+            [{"optimizer.kind": "paged_adamw_8bit"}, {"strategy.kind": "fsdp"}],
+        ),
+        (
+            [
+                *("resources.gpus_per_node=3", "strategy.kind=fsdp", "resources.gpu=16gib"),
+                "batch.global_size=36",
+            ],
+            [
+                {
+                    "resources.nodes": 2,
+                    "resources.gpus_per_node": 6,
+                    "resources.backend": "slurm",
+                }
+            ],
         ),
     ],
 )

@@ -133,9 +133,24 @@ def test_no_forward_pass_that_is_to_come_is_longer_than_the_longest(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedules, "_AT_ONCE", 7)
+        patch.setattr(schedules, "_SEARCHED_EPOCHS", 999)
         found = longest_micro_batch(
             order, lengths, begin=begin, end=end, micro_size=micro_size, padded=padded
         )
     passes = order.samples(begin, end - begin).reshape(-1, micro_size)
     assert found.tolist() in passes.tolist()
     assert size(found) == max(size(rows) for rows in passes)
+
+
+def test_of_equal_forward_passes_one_that_needs_a_mask_is_the_longest():
+    lengths = np.array([512] * 39 + [100])
+    order = make(40, 3, grouped=False)
+    found = longest_micro_batch(order, lengths, begin=0, end=40, micro_size=4, padded=True)
+    assert sorted(lengths[found]) == [100, 512, 512, 512]
+
+
+def test_the_search_for_the_longest_ends_in_a_run_without_end():
+    order = make(10, 3, grouped=False)
+    lengths = np.arange(1, 11)
+    found = longest_micro_batch(order, lengths, begin=0, end=2**40, micro_size=2, padded=False)
+    assert lengths[found].sum() >= 18
