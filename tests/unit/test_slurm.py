@@ -17,7 +17,15 @@ from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress
 from qlora_dist.plan import make_plan
 from qlora_dist.requeue import BUDGETS, decide
-from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, comment_of, parse_job
+from qlora_dist.scheduler import (
+    JobView,
+    Queue,
+    SchedulerError,
+    SlurmJob,
+    comment_of,
+    parse_job,
+    run_command,
+)
 from qlora_dist.spec_file import spec_from_tree
 from qlora_launch.show_runs import list_text
 from qlora_slurm.script import Job, batch_script
@@ -324,3 +332,9 @@ def test_a_list_without_slurm_names_the_reason_once_a_run_and_knows_what_is_done
     assert rows[1].split()[:2] == ["ended", "done"]
     assert rows[2].split()[:2] == ["waits", "unknown"]
     assert rows[2].endswith("squeue is not on this machine; run this where Slurm is")
+
+
+def test_a_configuration_that_is_gone_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(SchedulerError, match=r"slurm\.conf, which is not there; unset it"):
+        run_command("squeue")
