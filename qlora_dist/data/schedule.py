@@ -122,9 +122,8 @@ def longest_micro_batch(
         Its sequences, int64 of shape ``(micro_size,)``; among equals one whose lengths differ, as
         attention then needs a mask.
     """
-    longest = np.sort(lengths)[::-1][:micro_size]
-    # More than this no forward pass can have.
-    bound = int(longest[0]) * micro_size if padded else int(longest.sum())
+    # More than this no forward pass can have; one that joins two epochs may have a sequence twice.
+    bound = int(lengths.max()) * micro_size
     most, found = -1, np.empty(0, np.int64)
     step = max(1, _AT_ONCE // micro_size) * micro_size
     end = min(
