@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-shard gpu-test slurm-testbed \
+.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-shard gpu-memory gpu-65b gpu-test slurm-testbed \
 	slurm-testbed-down slurm-faults slurm-losses test-matrix clean
 
 setup: $(VENV)/.ready
@@ -83,6 +83,15 @@ gpu-exact:
 gpu-shard:
 	$(PYTHON) tools/need.py gpu
 	$(PYTHON) bench/gpu_shard.py $(ARGS)
+
+# bench/memory_predictions.json was written before: ARGS="--predict" writes it anew, "--seed 1" draws more.
+gpu-memory:
+	$(PYTHON) tools/need.py gpu
+	$(PYTHON) bench/gpu_memory.py $(ARGS)
+
+gpu-65b:
+	$(PYTHON) tools/need.py gpu
+	$(PYTHON) bench/gpu_65b.py $(ARGS)
 
 gpu-test:
 	$(PYTHON) tools/need.py gpu-test

@@ -22,9 +22,9 @@ from qlora_dist.data.corpus import Corpus
 from qlora_dist.data.schedule import corpus_facts, make_schedule
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.layout import RunDir
-from qlora_dist.memory import GIB
 from qlora_dist.plan import attention_of
 from qlora_dist.shapes import SHAPES
+from qlora_dist.sizes import GIB
 from qlora_dist.spec_file import load_spec
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.batch import make_batch

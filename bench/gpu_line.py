@@ -20,8 +20,8 @@ import torch
 from models import make_model, make_rows
 
 from qlora_dist.layout import RunDir
-from qlora_dist.memory import GIB
 from qlora_dist.plan import make_plan
+from qlora_dist.sizes import GIB
 from qlora_dist.spec_file import load_spec
 from qlora_dist.train.compare import differences, records
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlora_dist.shapes import SHAPES
+from qlora_dist.shapes import SHAPES, ModelShape
 
 CORPUS = Path(__file__).parent.parent / "demo" / "corpus.txt"
 
@@ -26,33 +26,45 @@ def make_model(
     """
     shape = SHAPES[shape_name]
     real = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None
-    config = LlamaConfig(
+    config = config_of(
+        shape,
         vocab_size=len(real) if real else shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
         num_hidden_layers=num_layers or shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tie_embeddings,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype=torch.bfloat16,
     )
     torch.manual_seed(0)
     # Drawn on the GPU where there is one: a CPU takes minutes for 7 B weights.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    (real or _small_tokenizer()).save_pretrained(folder)
+    (real or small_tokenizer()).save_pretrained(folder)
     del model
     # Other processes are going to need the GPU.
     torch.cuda.empty_cache()
     return folder
 
 
-def _small_tokenizer(vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+def config_of(shape: ModelShape, **changes: object) -> LlamaConfig:
+    """A LLaMA's configuration, in bf16."""
+    values = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": torch.bfloat16,
+    }
+    return LlamaConfig(**values | changes)
+
+
+def small_tokenizer(vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, trained on the demonstration's corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,7 +82,7 @@ def _small_tokenizer(vocab_size: int = 2000) -> PreTrainedTokenizerFast:
 
 def make_tiny_model(folder: Path) -> Path:
     """Write a LLaMA of two layers with random weights and 512 tokens; returns the folder."""
-    _small_tokenizer(vocab_size=512).save_pretrained(folder)
+    small_tokenizer(vocab_size=512).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=64,

@@ -3,7 +3,8 @@
 Run by torchrun, on GPUs where there are some. A small model, one of whose matrices packs to all
 65,536 patterns of two bytes, is loaded by rows under fsdp. Then each layer is gathered as FSDP2
 gathers it, on its own, in forward and backward passes, and after steps of the optimizer, and
-compared with what one process makes. The last line is JSON: bytes compared, and those that differ.
+compared with what one process makes. The last line is JSON: bytes compared, and those that differ;
+and what the gathers of the steps brought in, beside what the plan says.
 """
 
 import argparse
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import torch
 from bitsandbytes import functional
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_dist.footprint import footprint
 from qlora_dist.plan import Topology
+from qlora_dist.shapes import shape_of_config
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import DTYPES, empty_base, fill_base
@@ -28,6 +32,7 @@ from qlora_dist.train.strategy import Gradients, Sharded
 from qlora_dist.train.world import World
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 256, 1152, 3, 512
+NUM_STEPS = 3
 
 
 def all_patterns(rows, width):
@@ -133,6 +138,31 @@ class Comparison:
         self.matrices += 1
 
 
+class Received:
+    """Counts bytes that this process receives of the others in FSDP2's gathers."""
+
+    def __init__(self, world):
+        self.bytes = 0
+        # The name in torch 2.13, and before.
+        names = ("all_gather_single", "all_gather_into_tensor")
+        name = next(name for name in names if hasattr(torch.distributed, name))
+        gather = getattr(torch.distributed, name)
+
+        def counted(*args, **kwargs):
+            whole = kwargs.get("output_tensor", args[0] if args else None)
+            self.bytes += whole.nbytes * (world.size - 1) // world.size
+            return gather(*args, **kwargs)
+
+        setattr(torch.distributed, name, counted)
+
+
+def planned(spec, base, world, num_steps):
+    """Bytes of the base that the plan says a process receives."""
+    shape = shape_of_config(base.model.config.to_dict())
+    found = footprint(spec, shape, world_size=world.size, accumulation=1, steps=num_steps)
+    return num_steps * next(line.bytes for line in found.network if line.name == "base")
+
+
 def main():
     """Load, train three steps, compare all the time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -182,22 +212,28 @@ def main():
                     seen.look(layers[module], module.weight)
             layer.reshard()
 
+    def look(adapted):
+        layer = adapted.get_base_layer()
+        seen.look(layers[layer], layer.weight)
+
     def before(module, _inputs):
-        seen.look(layers[module], module.weight)
+        look(module)
 
     def in_backward(module, _inputs, output):
         if output.requires_grad:
-            output.register_hook(lambda _: seen.look(layers[module], module.weight))
+            output.register_hook(lambda _: look(module))
 
     compare_all()
-    for module in layers:
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(in_backward)
+    # A layer's product with its adapter is one: the matrix is used where PEFT's layer is called.
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(in_backward)
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, strategy.owned(parameters))
     model.train()
-    losses = []
-    for step in range(3):
+    losses, received = [], Received(world)
+    for step in range(NUM_STEPS):
         gradients.zero()
         generator = torch.Generator().manual_seed(step * world.size + world.rank)
         tokens = torch.randint(VOCABULARY, (2, 32), generator=generator).to(world.device)
@@ -207,12 +243,17 @@ def main():
         optimizer.step()
         strategy.spread()
         losses.append(sum(row[0] for row in world.gather([loss.item()])))
+    facts = {
+        "received": received.bytes,
+        "planned": planned(spec, base, world, NUM_STEPS),
+        "losses": [loss.hex() for loss in losses],
+    }
     compare_all()
     rows = world.gather([seen.compared, seen.different, seen.matrices])
     compared, different, matrices = (int(sum(column)) for column in zip(*rows, strict=True))
     if world.rank == 0:
-        facts = {"compared": compared, "different": different, "matrices": matrices}
-        print(json.dumps(facts | {"losses": [loss.hex() for loss in losses]}))
+        counts = {"compared": compared, "different": different, "matrices": matrices}
+        print(json.dumps(counts | facts))
     world.stop()
     return 0
 

@@ -15,8 +15,8 @@ import accelerate  # noqa: F401 - outside the time
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - outside the time
 
-from qlora_dist.memory import GIB
 from qlora_dist.plan import Topology
+from qlora_dist.sizes import GIB
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.load import empty_base, fill_base
 from qlora_dist.train.place import Place

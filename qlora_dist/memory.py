@@ -4,13 +4,21 @@ Nothing is fitted. Each component says what it follows from, so that a wrong pre
 traced to a line.
 """
 
-import math
 from dataclasses import dataclass
 
+from qlora_dist.activations import Moment, moments
 from qlora_dist.shapes import ModelShape
+from qlora_dist.sizes import (
+    GIB,
+    NF4_BLOCK,
+    Component,
+    adapter_params,
+    dtype_bytes,
+    layer_bytes,
+    moments_of,
+    nf4_bytes,
+)
 from qlora_dist.spec import Nf4Quantization, RunSpec
-
-GIB = 2**30
 
 # Total memory in MiB, as nvidia-smi reports it.
 GPU_MIB: dict[str, int] = {
@@ -27,11 +35,8 @@ GPU_MIB: dict[str, int] = {
     "h200-141gb": 143771,
 }
 
-# bitsandbytes 0.50: NF4 in blocks of 64 weights, their constants again in blocks of 256.
-# Moments that share one constant in bitsandbytes' 8-bit optimizers.
-OPTIMIZER_BLOCK = 256
-NF4_BLOCK = 64
-NESTED_BLOCK = 256
+# GPUs without bf16.
+BEFORE_AMPERE = frozenset({"t4-16gb", "v100-32gb"})
 
 # What a process holds outside torch's allocator. On a GPU: CUDA context, cuBLAS workspace, and
 # (more than one process) NCCL's buffers. On a CPU: the interpreter and its libraries.
@@ -41,21 +46,12 @@ INTERPRETER_BYTES = GIB
 
 
 @dataclass(frozen=True)
-class Component:
-    """One line of the account; ``in_torch`` says whether torch's allocator holds it."""
-
-    name: str
-    bytes: int
-    why: str
-    in_torch: bool = True
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of one process's device.
 
     Attributes:
         components: The lines.
+        moment: When so much is held.
         peak_bytes: Their sum without the slack and paged moments, which torch's allocator does not
             know of: what it should report as its peak.
         needed_bytes: Their sum: what the device must have.
@@ -63,6 +59,7 @@ class MemoryPlan:
     """
 
     components: tuple[Component, ...]
+    moment: str
     peak_bytes: int
     needed_bytes: int
     available_bytes: int | None
@@ -72,78 +69,35 @@ class MemoryPlan:
         """Whether it fits; None where no GPU is named."""
         return None if self.available_bytes is None else self.needed_bytes <= self.available_bytes
 
-
-def nf4_bytes(num_weights: int, *, double: bool) -> tuple[int, int]:
-    """Bytes of packed weights and of their constants.
-
-    Args:
-        num_weights: Weights of one matrix.
-        double: Whether the constants are quantised again.
-
-    Returns:
-        ``(packed, constants)``. Constants are one fp32 a block; or, quantised, one byte a block and
-        one fp32 per 256 blocks, with a 256-entry fp32 code and an fp32 offset.
-    """
-    blocks = math.ceil(num_weights / NF4_BLOCK)
-    packed = math.ceil(num_weights / 2)
-    codebook = 16 * 4
-    if not double:
-        return packed, blocks * 4 + codebook
-    return packed, blocks + math.ceil(blocks / NESTED_BLOCK) * 4 + 256 * 4 + 4 + codebook
-
-
-def adapter_params(spec: RunSpec, shape: ModelShape) -> int:
-    """Parameters of the adapter: r x (in + out) for each linear layer that it is on."""
-    sizes = [shape.linears[name] for name in _targets(spec, shape)]
-    return shape.num_layers * sum(spec.adapter.r * (rows + cols) for rows, cols in sizes)
-
-
-def layer_activation_bytes(spec: RunSpec, shape: ModelShape) -> int:
-    """Bytes that one decoder layer keeps for its backward pass, per token.
-
-    Counted over transformers' LLaMA layer with PEFT's LoRA around bitsandbytes' linear layers: a
-    frozen product keeps no input, the adapter's keeps its own; dropout adds a copy and a mask
-    byte for each layer that it feeds.
-    """
-    b = _dtype_bytes(spec)
-    hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
-    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    targets = set(_targets(spec, shape))
-    norms = 2 * 4 * hidden  # both keep their input in fp32
-    attention = b * (2 * query + 2 * key_value) + 4 * shape.num_heads  # q, k, v, out; log-sums
-    mlp = b * 3 * inner  # gate, silu(gate), up
-
-    def adapter_inputs(width: int, names: set[str]) -> int:
-        fed = len(names & targets)
-        if spec.adapter.dropout > 0:
-            return fed * (b + 1) * width
-        return b * width if fed else 0
-
-    inputs = (
-        adapter_inputs(hidden, {"q_proj", "k_proj", "v_proj"})
-        # Attention's output is kept already; only dropout copies it.
-        + (adapter_inputs(query, {"o_proj"}) if spec.adapter.dropout > 0 else 0)
-        + adapter_inputs(hidden, {"gate_proj", "up_proj"})
-        + adapter_inputs(inner, {"down_proj"})
-    )
-    return norms + attention + mlp + inputs + b * r * len(targets)
+    @property
+    def paged_bytes(self) -> int:
+        """What may move to host memory: paged moments."""
+        return sum(line.bytes for line in self.components if line.paged)
 
 
 def plan_memory(
-    spec: RunSpec, shape: ModelShape, *, world_size: int, gpus_per_node: int
+    spec: RunSpec, shape: ModelShape, *, world_size: int, gpus_per_node: int, attention: str
 ) -> MemoryPlan:
-    """Account for one process's device at the peak of a step with the longest allowed batch."""
+    """Account for one process's device at the peak of a step with the longest allowed batch.
+
+    Args:
+        spec: The run.
+        shape: Its model.
+        world_size: Processes.
+        gpus_per_node: Of them, on one machine.
+        attention: The attention kernel.
+    """
     shards = _shards(spec, world_size, gpus_per_node)
-    tokens = spec.batch.micro_size * spec.data.sequence_tokens
-    lines = (
-        *_weights(spec, shape, shards),
-        *_training_state(spec, shape, shards, world_size),
-        *_activations(spec, shape, tokens),
-    )
-    lines += (_slack(spec, world_size),)
+    state = (*_weights(spec, shape, shards), *_training_state(spec, shape, shards, world_size))
+    at_each = [
+        (moment.name, (*moment.components, *_gathered(spec, shape, shards, moment)))
+        for moment in moments(spec, shape, attention=attention)
+    ]
+    name, held = max(at_each, key=lambda item: sum(line.bytes for line in item[1]))
+    lines = (*state, *held, _slack(spec, world_size))
     needed = sum(line.bytes for line in lines)
     peak = sum(line.bytes for line in lines if line.in_torch)
-    return MemoryPlan(lines, peak, needed, gpu_bytes(spec.resources.gpu))
+    return MemoryPlan(lines, name, peak, needed, gpu_bytes(spec.resources.gpu))
 
 
 def gpu_bytes(name: str | None) -> int | None:
@@ -174,7 +128,7 @@ def _shards(spec: RunSpec, world_size: int, gpus_per_node: int) -> dict[str, int
 
 
 def _weights(spec: RunSpec, shape: ModelShape, shards: dict[str, int]) -> tuple[Component, ...]:
-    b, parts = _dtype_bytes(spec), shards["weights"]
+    b, parts = dtype_bytes(spec), shards["weights"]
     cut = f", 1/{parts} of them" if parts > 1 else ""
     kept = shape.num_embedding_params + shape.num_other_params
     sizes = [rows * cols for rows, cols in shape.linears.values()]
@@ -206,15 +160,22 @@ def _weights(spec: RunSpec, shape: ModelShape, shards: dict[str, int]) -> tuple[
                 f"weights, {spec.model.dtype}", total * b // parts, f"{total:,} x {b} bytes{cut}"
             )
         )
-    if parts > 1:
-        layer = sum(sizes) * b
-        if isinstance(spec.quantization, Nf4Quantization):
-            layer = sum(sum(nf4_bytes(n, double=spec.quantization.double)) for n in sizes)
+    return tuple(lines)
+
+
+def _gathered(
+    spec: RunSpec, shape: ModelShape, shards: dict[str, int], moment: Moment
+) -> tuple[Component, ...]:
+    """What FSDP2 has put together again of the base."""
+    if shards["weights"] == 1:
+        return ()
+    ends = (shape.num_embedding_params + shape.hidden_size) * dtype_bytes(spec)
+    why = "embedding, head and last norm, whole for the length of a step"
+    lines = [Component("gathered embedding", ends, why)]
+    if moment.gathered_layers:
         why = "this layer's and the next one's, whole"
-        lines.append(Component("gathered layers", 2 * layer, why))
-        why = "embedding, head and last norm, whole for the length of a step"
-        last = shape.num_embedding_params + shape.hidden_size
-        lines.append(Component("gathered embedding", last * b, why))
+        size = moment.gathered_layers * layer_bytes(spec, shape)
+        lines.append(Component("gathered layers", size, why))
     return tuple(lines)
 
 
@@ -223,19 +184,12 @@ def _training_state(
 ) -> tuple[Component, ...]:
     count = adapter_params(spec, shape)
     size = 4 if spec.adapter.dtype == "fp32" else 2
-    compute = _dtype_bytes(spec)
-    # Autocast keeps a copy in the compute dtype for the length of a forward pass.
-    copy = count * compute if compute < size else 0
-    on_device = count // shards["adapter"] * size + copy
+    on_device = count // shards["adapter"] * size
     gradients = count * size // shards["gradients"]
-    moments, what = _moments(spec, size)
+    a_parameter, what = moments_of(spec)
     paged = spec.optimizer.kind.startswith("paged_")
     return (
-        Component(
-            "adapter",
-            on_device,
-            f"{count:,} x {size} bytes" + (f", and a {spec.model.dtype} copy" if copy else ""),
-        ),
+        Component("adapter", on_device, f"{count:,} x {size} bytes"),
         Component(
             "gradients",
             gradients,
@@ -244,41 +198,11 @@ def _training_state(
         ),
         Component(
             "optimizer",
-            int(moments * count) // shards["optimizer"],
+            int(a_parameter * count) // shards["optimizer"],
             what + (", paged: may move to host memory" if paged else ""),
             in_torch=not paged,
+            paged=paged,
         ),
-    )
-
-
-def _moments(spec: RunSpec, size: int) -> tuple[float, str]:
-    """Bytes of optimizer state for one parameter of ``size`` bytes, and what they are."""
-    if spec.optimizer.kind == "adamw":
-        return 2 * size, f"two moments of {size} bytes a parameter"
-    if spec.optimizer.kind.endswith("_32bit"):
-        return 8, "two moments of 4 bytes a parameter"
-    return 2 + 2 * 4 / OPTIMIZER_BLOCK, (f"two moments of 1 byte + 4/{OPTIMIZER_BLOCK} a parameter")
-
-
-def _activations(spec: RunSpec, shape: ModelShape, tokens: int) -> tuple[Component, ...]:
-    b = _dtype_bytes(spec)
-    layer = layer_activation_bytes(spec, shape) * tokens
-    if spec.model.gradient_checkpointing:
-        kept = shape.num_layers * b * shape.hidden_size * tokens + layer
-        why = f"{shape.num_layers} layer inputs and one whole layer of {tokens:,} tokens"
-    else:
-        kept = shape.num_layers * layer
-        why = f"{shape.num_layers} whole layers of {tokens:,} tokens"
-    largest = max(rows * cols for rows, cols in shape.linears.values())
-    workspace = largest * b if spec.quantization.kind == "nf4" else 0
-    # The head's output in the compute dtype, and its log-softmax and that one's gradient in fp32.
-    logits = tokens * shape.vocab_size * (b + 4 + 4)
-    return (
-        Component("activations", kept, why),
-        Component(
-            "logits", logits, f"{tokens:,} tokens x {shape.vocab_size:,} x ({b} + 4 + 4) bytes"
-        ),
-        Component("workspace", workspace, "the largest matrix, dequantised"),
     )
 
 
@@ -288,12 +212,3 @@ def _slack(spec: RunSpec, world_size: int) -> Component:
     slack = CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
     why = "CUDA context and workspaces outside torch's allocator"
     return Component("slack", slack, why, in_torch=False)
-
-
-def _targets(spec: RunSpec, shape: ModelShape) -> list[str]:
-    target = spec.adapter.target
-    return list(shape.linears) if target == "all-linear" else target
-
-
-def _dtype_bytes(spec: RunSpec) -> int:
-    return 2 if spec.model.dtype == "bf16" else 4

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qlora_dist.errors import PlanError
-from qlora_dist.memory import GPU_MIB, NF4_BLOCK, MemoryPlan, adapter_params, gpu_bytes, plan_memory
+from qlora_dist.fitting import Fit, what_fits
+from qlora_dist.footprint import Footprint, footprint
+from qlora_dist.memory import GPU_MIB, MemoryPlan, gpu_bytes, plan_memory
 from qlora_dist.resume import spec_sha256
 from qlora_dist.shapes import ModelShape, find_shape
+from qlora_dist.sizes import NF4_BLOCK, adapter_params
 from qlora_dist.spec import RunSpec
 
 # Strategies and backends that a run may use today; the rest are planned and rendered only.
@@ -90,6 +93,8 @@ class Plan:
     corpus: CorpusFacts | None
     num_adapter_params: int
     memory: MemoryPlan
+    would_fit: tuple[Fit, ...]
+    footprint: Footprint
     not_runnable: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +110,8 @@ class Plan:
             "length": asdict(self.length),
             "corpus": asdict(self.corpus) if self.corpus else None,
             "memory": asdict(self.memory) | {"fits": self.memory.fits},
+            "would_fit": [asdict(fit) for fit in self.would_fit],
+            "footprint": asdict(self.footprint),
             "not_runnable": list(self.not_runnable),
         }
 
@@ -136,19 +143,32 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
         accumulation=spec.batch.global_size // (topology.world_size * spec.batch.micro_size),
         max_tokens=spec.batch.global_size * spec.data.sequence_tokens,
     )
+    length = plan_length(spec, corpus.num_sequences if corpus else spec.data.num_samples)
+    attention = attention_of(spec)
+    memory = plan_memory(
+        spec,
+        shape,
+        world_size=topology.world_size,
+        gpus_per_node=topology.processes_per_node,
+        attention=attention,
+    )
+    too_large = topology.device == "cuda" and memory.fits is False
     return Plan(
         spec=spec,
         shape=shape,
         topology=topology,
         batch=batch,
-        length=plan_length(spec, corpus.num_sequences if corpus else spec.data.num_samples),
+        length=length,
         corpus=corpus,
         num_adapter_params=adapter_params(spec, shape),
-        memory=plan_memory(
+        memory=memory,
+        would_fit=what_fits(spec, shape, attention=attention) if too_large else (),
+        footprint=footprint(
             spec,
             shape,
             world_size=topology.world_size,
-            gpus_per_node=topology.processes_per_node,
+            accumulation=batch.accumulation,
+            steps=length.steps,
         ),
         not_runnable=_not_runnable(spec),
     )

@@ -166,6 +166,11 @@ def run_command(
     Raises:
         SchedulerError: It is not here, or does not answer.
     """
+    env = os.environ if env is None else env
+    conf = env.get("SLURM_CONF")
+    if conf and not Path(conf).exists():
+        # The programs would look for it elsewhere, for longer than anybody waits.
+        raise SchedulerError(f"SLURM_CONF names {conf}, which is not there; unset it, or mend it")
     try:
         return subprocess.run(
             args,
@@ -173,7 +178,7 @@ def run_command(
             text=True,
             timeout=_TIMEOUT_S,
             check=False,
-            env=_plain(os.environ if env is None else env),
+            env=_plain(env),
         )
     except FileNotFoundError:
         raise SchedulerError(f"{args[0]} is not on this machine; run this where Slurm is") from None
@@ -185,7 +190,9 @@ def _unanswered(command: str, stderr: str) -> str:
     """Why a question has no answer, in one line."""
     words = re.sub(r"^\w+: (error: )?", "", (stderr.strip().splitlines() or ["no answer"])[0])
     hint = "" if "SLURM_CONF" in os.environ else "; SLURM_CONF is not set in this shell"
-    return f"Slurm cannot be read: {command}: {words}{hint if 'config' in words else ''}"
+    # Without a slurm.conf they look for one in DNS.
+    unset = "config" in words or "resolve_ctls" in words
+    return f"Slurm cannot be read: {command}: {words}{hint if unset else ''}"
 
 
 def _plain(env: Mapping[str, str]) -> dict[str, str]:

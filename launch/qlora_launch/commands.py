@@ -34,6 +34,7 @@ def _load(args: argparse.Namespace) -> "RunSpec":
 def plan_command(args: argparse.Namespace) -> int:
     """Say what a run takes."""
     from qlora_dist.plan import make_plan
+    from qlora_launch.room import shortages
 
     spec = _load(args)
     # What is impossible is refused before the data is looked at.
@@ -47,6 +48,8 @@ def plan_command(args: argparse.Namespace) -> int:
         from qlora_launch.show import plan_text
 
         print(plan_text(plan))
+    for line in shortages(plan):
+        _warn(f"warning: {line}")
     return 0
 
 

@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Iterator
 
-from qlora_dist.memory import GIB
 from qlora_dist.plan import Plan
+from qlora_dist.sizes import GIB
 from qlora_launch.render import Bundle
 
 
@@ -54,10 +54,16 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     for line in plan.memory.components:
         yield _row(line.name, _gib(line.bytes), line.why)
     yield _row(
-        "predicted peak", _gib(plan.memory.peak_bytes), "the sum of what torch's allocator holds"
+        "predicted peak",
+        _gib(plan.memory.peak_bytes),
+        f"what torch's allocator holds at {plan.memory.moment}",
     )
     yield _row("needed", _gib(plan.memory.needed_bytes), "the sum")
     yield _fit_line(plan)
+    for fit in plan.would_fit:
+        how = " ".join(f"{key}={_yaml(value)}" for key, value in fit.changes.items())
+        yield _row("would fit", _gib(fit.needed_bytes), f"with {how}")
+    yield from _footprint_lines(plan)
     for reason in plan.not_runnable:
         yield f"does not run yet: {reason}"
 
@@ -100,7 +106,25 @@ def _fit_line(plan: Plan) -> str:
         return _row(
             "fits", "yes", f"{name} has {_gib(memory.available_bytes)}, {_gib(gap)} to spare"
         )
+    if memory.paged_bytes >= -gap:
+        why = f"{name} has {_gib(memory.available_bytes)}: {_gib(-gap)} of paged moments move"
+        return _row("fits", "by paging", f"{why} to host memory, which slows the optimizer down")
     return _row("fits", "no", f"{name} has {_gib(memory.available_bytes)}, {_gib(-gap)} too little")
+
+
+def _footprint_lines(plan: Plan) -> Iterator[str]:
+    found = plan.footprint
+    yield "host memory of one process"
+    yield from (_row(line.name, _gib(line.bytes), line.why) for line in found.host)
+    yield "disk"
+    yield from (_row(line.name, _gib(line.bytes), line.why) for line in found.disk)
+    if found.network:
+        yield "received by one process in a step"
+        yield from (_row(line.name, _gib(line.bytes), line.why) for line in found.network)
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _row(name: str, value: str, why: str) -> str:

@@ -23,6 +23,7 @@ from qlora_launch.code_snapshot import take_code
 from qlora_launch.hub_cache import check_prefetched
 from qlora_launch.pins import pin, pin_changed
 from qlora_launch.render import is_offline, render
+from qlora_launch.room import shortages
 from qlora_launch.rundir import (
     absolute_paths,
     change_run_dir,
@@ -92,6 +93,8 @@ def write(
     bundle = render(plan)
     _check(plan, RunDir(bundle.run_dir), backend, [config, *overrides])
     check_local_paths(plan.spec)
+    for line in shortages(plan):
+        say(f"warning: {line}")
     run = write_run_dir(bundle, plan.spec)
     if backend is not None:
         say(f"run directory: {run.root}")

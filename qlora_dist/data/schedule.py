@@ -5,6 +5,7 @@ the whole run has consumed; it is independent of the number of processes. Epochs
 reaches the end of one is filled from the next.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -17,9 +18,11 @@ from qlora_dist.spec import RunSpec
 # transformers' LengthGroupedSampler sorts inside groups of at most this many global batches.
 _MEGABATCH = 50
 
-
 # Global batches from which the part of padding is taken; an epoch of fewer is taken whole.
 _MEASURED_BATCHES = 1000
+# Sequences that are looked at together in search of the longest batch, and epochs at most: later
+# ones have the same sequences, in other company.
+_AT_ONCE, _SEARCHED_EPOCHS = 1 << 20, 8
 
 
 class SampleSchedule:
@@ -91,6 +94,54 @@ def shard(
         accumulation step by accumulation step and rank by rank, are the global batch in order.
     """
     return samples.reshape(-1, world_size, micro_size)[:, rank]
+
+
+def longest_micro_batch(
+    schedule: SampleSchedule,
+    lengths: npt.NDArray[np.int64],
+    *,
+    begin: int,
+    end: int,
+    micro_size: int,
+    padded: bool,
+    check: Callable[[], None] = lambda: None,
+) -> npt.NDArray[np.int64]:
+    """The forward pass with most tokens between two positions.
+
+    Args:
+        schedule: The order.
+        lengths: Tokens of each sequence.
+        begin: The first position, a multiple of ``micro_size``.
+        end: One after the last, another multiple.
+        micro_size: Sequences in a forward pass.
+        padded: Whether sequences are padded to the longest beside them.
+
+        check: Called now and then; what it raises ends the search.
+
+    Returns:
+        Its sequences, int64 of shape ``(micro_size,)``; among equals one whose lengths differ, as
+        attention then needs a mask.
+    """
+    # More than this no forward pass can have; one that joins two epochs may have a sequence twice.
+    bound = int(lengths.max()) * micro_size
+    most, found = -1, np.empty(0, np.int64)
+    step = max(1, _AT_ONCE // micro_size) * micro_size
+    end = min(
+        end, begin + _SEARCHED_EPOCHS * schedule.num_samples // micro_size * micro_size + step
+    )
+    for start in range(begin, end, step):
+        check()
+        rows = schedule.samples(start, min(step, end - start)).reshape(-1, micro_size)
+        each = lengths[rows]
+        sizes = each.max(axis=1) * micro_size if padded else each.sum(axis=1)
+        # Twice the size, and one more for a mask.
+        ranks = 2 * sizes + (each.min(axis=1) < each.max(axis=1))
+        place = int(ranks.argmax())
+        if ranks[place] > most:
+            most, found = int(ranks[place]), rows[place]
+        if most > 2 * bound or (most == 2 * bound and micro_size == 1):
+            break
+    return found
 
 
 def make_schedule(spec: RunSpec, corpus: Corpus) -> SampleSchedule:

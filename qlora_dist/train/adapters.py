@@ -10,6 +10,7 @@ from torch import nn
 from qlora_dist.errors import ModelError
 from qlora_dist.spec import LoraAdapter
 from qlora_dist.train.load import DTYPES, linear_layers
+from qlora_dist.train.lora import fuse
 
 
 def target_modules(base: nn.Module, adapter: LoraAdapter) -> list[str]:
@@ -30,16 +31,27 @@ def target_modules(base: nn.Module, adapter: LoraAdapter) -> list[str]:
     return sorted(set(adapter.target))
 
 
-def add_adapter(base: Any, adapter: LoraAdapter, *, seed: int, device: torch.device) -> Any:
+def add_adapter(
+    base: Any, adapter: LoraAdapter, *, seed: int, device: torch.device, autocast: bool = False
+) -> Any:
     """Put a fresh adapter around the base, whose weights may still be missing.
 
     Its own weights are drawn on the CPU from the seed and each parameter's name, so that they are
     the same on every device and at every world size.
 
+    Args:
+        base: The base.
+        adapter: What to put around it.
+        seed: Of its start.
+        device: Where its weights go.
+        autocast: Whether forward passes will run under autocast, which casts what a product needs:
+            PEFT's own casts to the dtype of the weights would only be undone.
+
     Returns:
         A ``PeftModel`` whose only trainable parameters are the adapter's, in ``adapter.dtype``.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     targets = target_modules(base, adapter)
     wanted = {name for name, _ in linear_layers(base) if name.rpartition(".")[2] in targets}
@@ -67,6 +79,11 @@ def add_adapter(base: Any, adapter: LoraAdapter, *, seed: int, device: torch.dev
             model.get_submodule(path)._parameters[own] = nn.Parameter(
                 value.to(device, DTYPES[adapter.dtype])
             )
+    if autocast:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False
+    fuse(model)
     return model
 
 

@@ -9,11 +9,13 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StalledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -159,6 +161,15 @@ def pieces_of(
         yield Piece(stored.path, start, rows * unit, partial(use, row=row, count=rows))
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A piece that is read into one of the buffers."""
+
+    piece: Piece
+    place: int
+    done: "Future[torch.Tensor]" = field(default_factory=Future)
+
+
 class PieceReader:
     """Reads pieces ahead of their use.
 
@@ -183,19 +194,22 @@ class PieceReader:
             ModelError: A file ends before its bytes.
             QLoRAError: Storage does not answer.
         """
-        pool = ThreadPoolExecutor(_NUM_BUFFERS, thread_name_prefix="read")
-        waiting: deque[tuple[Piece, int, Future[torch.Tensor]]] = deque()
+        jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        for _ in range(_NUM_BUFFERS):
+            # A pool's threads would be waited for when the process ends: one whose read hangs too.
+            Thread(target=self._serve, args=(jobs,), daemon=True).start()
+        waiting: deque[_Job] = deque()
         try:
             for number, piece in enumerate(pieces):
                 if len(waiting) == _NUM_BUFFERS:
-                    self._use(*waiting.popleft())
-                place = number % _NUM_BUFFERS
-                waiting.append((piece, place, pool.submit(self._read, piece, place)))
+                    self._use(waiting.popleft())
+                waiting.append(_Job(piece, number % _NUM_BUFFERS))
+                jobs.put(waiting[-1])
             while waiting:
-                self._use(*waiting.popleft())
+                self._use(waiting.popleft())
         finally:
-            # A read that hangs is not waited for.
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _ in range(_NUM_BUFFERS):
+                jobs.put(None)
 
     def close(self) -> None:
         """Close the files."""
@@ -203,9 +217,17 @@ class PieceReader:
             os.close(fd)
         self._files.clear()
 
-    def _use(self, piece: Piece, place: int, done: "Future[torch.Tensor]") -> None:
+    def _serve(self, jobs: "SimpleQueue[_Job | None]") -> None:
+        while (job := jobs.get()) is not None:
+            try:
+                job.done.set_result(self._read(job.piece, job.place))
+            except BaseException as error:
+                job.done.set_exception(error)
+
+    def _use(self, job: _Job) -> None:
+        piece = job.piece
         try:
-            piece.use(done.result(timeout=_STALL_S))
+            piece.use(job.done.result(timeout=_STALL_S))
         except StalledError:
             raise QLoRAError(
                 f"{piece.path}: storage has given nothing for {_STALL_S:.0f} s"
@@ -213,8 +235,8 @@ class PieceReader:
         except OSError as error:
             raise QLoRAError(f"{piece.path} cannot be read: {error}") from error
         if self._cuda:
-            self._free[place] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._free[place].record()
+            self._free[job.place] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._free[job.place].record()
 
     def _read(self, piece: Piece, place: int) -> torch.Tensor:
         if self._free[place] is not None:

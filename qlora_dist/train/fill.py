@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import ModelError
-from qlora_dist.memory import NESTED_BLOCK, NF4_BLOCK
+from qlora_dist.sizes import NESTED_BLOCK, NF4_BLOCK
 from qlora_dist.train.base_files import Piece, PieceReader, Stored, listed, pieces_of
 from qlora_dist.train.nf4 import Nf4Linear, Nf4Tensor
 from qlora_dist.train.quantise import (

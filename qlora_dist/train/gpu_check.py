@@ -3,8 +3,8 @@
 import torch
 
 from qlora_dist.errors import BadNodeError
-from qlora_dist.memory import GIB
 from qlora_dist.plan import Plan
+from qlora_dist.sizes import GIB
 
 # Ones times ones: each element of the product is exact in any dtype.
 _SIDE = 256

@@ -11,9 +11,9 @@ from torch import nn
 
 from qlora_dist.errors import ModelError
 from qlora_dist.hub import explain, read_token
-from qlora_dist.memory import NF4_BLOCK
 from qlora_dist.plan import Plan
 from qlora_dist.shapes import FAMILIES, shape_of_config
+from qlora_dist.sizes import NF4_BLOCK
 from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train.attention import VARLEN, register
 from qlora_dist.train.base_files import find_files

@@ -16,7 +16,7 @@ from qlora_dist.data.build import open_corpus
 from qlora_dist.data.tokens import Sample
 from qlora_dist.errors import ModelError
 from qlora_dist.layout import RunDir
-from qlora_dist.memory import GIB
+from qlora_dist.sizes import GIB
 from qlora_dist.spec import RunSpec
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.batch import IGNORE, make_batch

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_dist.errors import ModelError, RunDirError
 from qlora_dist.layout import RunDir
-from qlora_dist.memory import NF4_BLOCK
+from qlora_dist.sizes import NF4_BLOCK
 from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train.consolidate import PEFT_WEIGHTS
 from qlora_dist.train.load import COMPANIONS, base_folder, quantised_layers

@@ -13,6 +13,7 @@ have to be the manifest's.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -33,9 +34,9 @@ from qlora_dist.files import (
     remove_tree,
     write_json,
 )
-from qlora_dist.memory import GIB, NESTED_BLOCK, NF4_BLOCK
+from qlora_dist.sizes import GIB, NESTED_BLOCK, NF4_BLOCK
 from qlora_dist.spec import Nf4Quantization, RunSpec
-from qlora_dist.train.base_files import INDEX, find_files
+from qlora_dist.train.base_files import INDEX, Stored, find_files
 from qlora_dist.train.fill import Slot
 from qlora_dist.train.load import COMPANIONS, DTYPES, base_folder, empty_base, fill_base
 from qlora_dist.train.nf4 import Nf4Tensor
@@ -48,6 +49,7 @@ _FILE_BYTES = 4 * GIB
 # bitsandbytes' JSON about a matrix has no fixed length; blanks fill it up.
 _STATE_BYTES = 512
 _STATE = "quant_state.bitsandbytes__nf4"
+_COPY_BYTES = 64 << 20
 # Pages of each of the base's files that its fingerprint reads.
 _PAGES, _PAGE_BYTES = 64, 4096
 
@@ -139,6 +141,68 @@ def ensure_cache(
     say(f"model: quantising into {path}")
     _write(spec, path, device, on_bytes)
     return path
+
+
+def copy_to(
+    path: Path, root: Path, *, on_bytes: Callable[[int, int], None] = lambda *_: None
+) -> Path:
+    """A copy of a cache in another folder, on faster storage: the one that is there, or a new one.
+
+    Args:
+        path: The cache.
+        root: The other folder.
+        on_bytes: Told how many bytes of how many are copied; what it raises ends the copy.
+
+    Raises:
+        OSError: There is no room, or the storage refused; nothing is left there.
+    """
+    copy = root / path.name
+    try:
+        read_manifest(copy)
+        if _looks_alike(copy, path):
+            return copy
+        set_aside(copy)
+    except FileNotFoundError:
+        pass
+    except DamagedCacheError:
+        set_aside(copy)
+    names = [MANIFEST, *read_manifest(path)["files"]]
+    total, done = sum((path / name).stat().st_size for name in names), 0
+    with unfinished.writing(copy) as partial:
+        if shutil.disk_usage(partial).free < total:
+            raise OSError(errno.ENOSPC, f"{total / GIB:.1f} GiB do not fit", str(root))
+        for name in names:
+            with (path / name).open("rb") as source, (partial / name).open("wb") as target:
+                while data := source.read(_COPY_BYTES):
+                    target.write(data)
+                    done += len(data)
+                    on_bytes(done, total)
+            # A node that dies must leave no file of the right size that holds nothing.
+            fsync_file(partial / name)
+        fsync_dir(partial)
+    return copy
+
+
+def _looks_alike(copy: Path, path: Path) -> bool:
+    """Whether all that is read before the sums can be compared is the same."""
+    try:
+        ours, theirs = find_files(copy), find_files(path)
+        for name, stored in theirs.items():
+            mine = ours[name]
+            if (mine.start, mine.num_bytes) != (stored.start, stored.num_bytes):
+                return False
+            if stored.num_bytes <= _STATE_BYTES and _data(mine) != _data(stored):
+                return False
+        small = [name for name in read_manifest(path)["files"] if name.endswith(".json")]
+        return all((copy / name).read_bytes() == (path / name).read_bytes() for name in small)
+    except (ModelError, KeyError):
+        return False
+
+
+def _data(stored: Stored) -> bytes:
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        return file.read(stored.num_bytes)
 
 
 def set_aside(path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import CheckpointError
-from qlora_dist.memory import OPTIMIZER_BLOCK
 from qlora_dist.plan import Length
+from qlora_dist.sizes import OPTIMIZER_BLOCK
 from qlora_dist.spec import OptimizerSection, ScheduleSection
 
 # What of each library's state is saved; the rest follows from the step, or is a constant. The 8-bit

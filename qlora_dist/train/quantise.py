@@ -11,7 +11,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
-from qlora_dist.memory import NESTED_BLOCK, NF4_BLOCK
+from qlora_dist.sizes import NESTED_BLOCK, NF4_BLOCK
 
 # Bytes that a checksum takes at a time: it needs 24 times as much memory.
 _SUM_BYTES = 4 << 20

@@ -37,6 +37,7 @@ from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
 from qlora_dist.train.pulse import Pulse
+from qlora_dist.train.rehearsal import rehearse
 from qlora_dist.train.saver import Saver
 from qlora_dist.train.stopwatch import Stopwatch
 from qlora_dist.train.strategy import STRATEGIES, Gradients
@@ -79,21 +80,20 @@ def train(
     world.check_sum()
     clock.lap("process group")
     with _attempt(run, place, world) as progress.attempt:
-        _train(run, plan, world, stop, progress, clock, echo=place.attempt is None)
+        _train(run, plan, place, world, stop, progress, clock)
     world.stop()
 
 
 def _train(
     run: RunDir,
     plan: Plan,
+    place: Place,
     world: World,
     stop: StopRequest,
     progress: Progress,
     clock: Stopwatch,
-    *,
-    echo: bool,
 ) -> None:
-    spec = plan.spec
+    spec, echo = plan.spec, place.attempt is None
     assert progress.attempt is not None
     log = RunLog(run, progress.attempt, world, echo=echo)
     if echo and world.rank == 0 and (line := other_code(run)) is not None:
@@ -122,12 +122,18 @@ def _train(
     base = empty_base(spec, attention=attention, share=strategy.share)
     check_shape(base.model, plan)
     targets, num_linear = target_modules(base.model, spec.adapter), len(linear_layers(base.model))
-    model = add_adapter(base.model, spec.adapter, seed=spec.seed, device=world.device)
+    model = add_adapter(
+        base.model,
+        spec.adapter,
+        seed=spec.seed,
+        device=world.device,
+        autocast=spec.model.dtype == "bf16",
+    )
     model.train()
     parameters = trainable(model)
     _say_model(log, plan, targets, parameters, num_linear)
     strategy.shard(base.model, parameters)
-    load_weights(base, spec, world, strategy, stop, check_stop, log)
+    load_weights(base, spec, world, strategy, stop, check_stop, log, place.local_dir)
     clock.lap("model")
 
     gradients = Gradients(parameters)
@@ -180,8 +186,10 @@ def _train(
     )
     training.step = state.step
     clock.lap("the rest")
-    log.say(f"ready after {clock}")
     try:
+        rehearse(training, state, owned)
+        clock.lap("the longest batch")
+        log.say(f"ready after {clock}")
         end = fit(training, state)
     finally:
         progress.step = training.step
@@ -333,11 +341,14 @@ def _accelerate(
         ``(autocast, track, finish)``.
     """
     from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
 
     spec = plan.spec
     tracker = None if spec.tracking.kind == "none" else spec.tracking.kind
     accelerator = Accelerator(
         mixed_precision="bf16" if spec.model.dtype == "bf16" else "no",
+        # A forward pass uses each weight once: cached copies of them would only take memory.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         cpu=world.device.type == "cpu",
         log_with=tracker,
         project_dir=str(run.root),

@@ -8,12 +8,12 @@ import torch
 from qlora_dist import faults
 from qlora_dist.errors import QLoRAError
 from qlora_dist.files import SEEN_WITHIN_S, wait_for
-from qlora_dist.memory import GIB
+from qlora_dist.sizes import GIB
 from qlora_dist.spec import Nf4Quantization, RunSpec
 from qlora_dist.train import nf4_cache
 from qlora_dist.train.load import EmptyBase, fill_base
 from qlora_dist.train.log import EverySoOften, RunLog
-from qlora_dist.train.preempt import StopRequest
+from qlora_dist.train.preempt import Preempted, StopRequest
 from qlora_dist.train.strategy import Strategy
 from qlora_dist.train.world import World
 
@@ -26,8 +26,19 @@ def load_weights(
     stop: StopRequest,
     check_stop: Callable[[], None],
     log: RunLog,
+    local_dir: str = "",
 ) -> None:
     """Give the base its weights, all processes in step; from a cache, where the spec wants one.
+
+    Args:
+        base: Empty.
+        spec: Names the model, and the cache.
+        world: The processes.
+        strategy: Which rows are this process's.
+        stop: Whether this process has been asked to stop.
+        check_stop: Raises on all processes if any was.
+        log: For a person.
+        local_dir: Where each machine keeps a copy of the cache, on storage of its own.
 
     Raises:
         DamagedCacheError: A cache is damaged, and so is the one that was made instead.
@@ -57,19 +68,59 @@ def load_weights(
     if not isinstance(spec.quantization, Nf4Quantization) or spec.quantization.cache_dir is None:
         read(None, None)
         return
-    for attempt in range(2):
-        folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
+
+    def check(folder: Path) -> str:
+        """Read a cache; what is wrong with its bytes, the same text on all processes."""
         sums: dict[str, torch.Tensor] = {}
         read(folder, sums)
-        problem = nf4_cache.wrong_sum(folder, _total(sums, folder, world if shared else None))
-        problem = world.first_text(problem)
+        own = nf4_cache.wrong_sum(folder, _total(sums, folder, world if shared else None))
+        return world.first_text(own)
+
+    local_dir = _usable(local_dir, log)
+    if world.any(bool(local_dir)):
+        folder = _open_cache(spec, world, stop, log, name="quantising the base")
+        copy = _near(folder, local_dir, world, stop, check_stop, log)
+        if _read_copy(copy, folder, check, world, log):
+            return
+    for attempt in range(2):
+        folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
+        problem = check(folder)
         if not problem:
             return
         if world.rank == 0:
             nf4_cache.set_aside(folder)
-        if attempt == 0:
-            log.say(f"model: {problem}; quantising again")
+        log.say(f"model: {problem}; quantising again")
     raise nf4_cache.DamagedCacheError(problem)
+
+
+def _usable(local_dir: str, log: RunLog) -> str:
+    """A folder for copies; empty, and said, if variables in its name are not known here."""
+    if not local_dir or ("$" not in local_dir and Path(local_dir).is_absolute()):
+        return local_dir
+    log.say(
+        f"model: no copy on the nodes: local_dir is {local_dir!r} to this process, which has "
+        "SLURM_*, TMPDIR and resources.pass_env of the environment"
+    )
+    return ""
+
+
+def _read_copy(
+    copy: Path, folder: Path, check: Callable[[Path], str], world: World, log: RunLog
+) -> bool:
+    """Read this node's copy of a cache; whether the bytes of all nodes' are right."""
+    try:
+        problem = check(copy)
+    except QLoRAError as error:
+        if copy == folder:
+            raise
+        nf4_cache.set_aside(copy)
+        raise QLoRAError(f"{error}; this node's copy of the base is removed") from error
+    if not problem:
+        return True
+    if copy != folder and world.local_rank == 0:
+        nf4_cache.set_aside(copy)
+    log.say(f"model: {problem}; reading {folder}")
+    return False
 
 
 def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, name: str) -> Path:
@@ -92,6 +143,39 @@ def _open_cache(spec: RunSpec, world: World, stop: StopRequest, log: RunLog, *, 
 
     path = Path(world.on_rank_0(name, work, stop.here))
     wait_for(path, SEEN_WITHIN_S)
+    return path
+
+
+def _near(
+    folder: Path,
+    local_dir: str,
+    world: World,
+    stop: StopRequest,
+    check_stop: Callable[[], None],
+    log: RunLog,
+) -> Path:
+    """This machine's own copy of a cache; the cache itself where there is no room for one."""
+
+    def work(check: Callable[[], None]) -> str:
+        progress = EverySoOften(log.say)
+
+        def on_bytes(done: int, total: int) -> None:
+            check()
+            progress.say(f"model: {done / GIB:.1f} of {total / GIB:.1f} GiB copied to {local_dir}")
+
+        if not local_dir:
+            return str(folder)
+        try:
+            return str(nf4_cache.copy_to(folder, Path(local_dir), on_bytes=on_bytes))
+        except Preempted:
+            # The other machines may not know yet.
+            return str(folder)
+        except OSError as error:
+            log.say(f"model: no copy on this node, reading {folder}: {error}")
+            return str(folder)
+
+    path = Path(world.on_each_node("copying the base to the nodes", work, stop.here))
+    check_stop()
     return path
 
 

@@ -40,12 +40,18 @@ class World:
         size: Processes over all nodes.
         device: Where this process computes.
         pulse: Told whenever this process waits for another.
+        node: Number of this process's machine.
+        local_rank: Rank on it.
+        num_nodes: Machines.
     """
 
     rank: int
     size: int
     device: torch.device
     pulse: Pulse = field(default_factory=Pulse)
+    node: int = 0
+    local_rank: int = 0
+    num_nodes: int = 1
     _timeout: timedelta = timedelta(minutes=30)
     _control: Any = None
     _store: Any = None
@@ -89,7 +95,9 @@ class World:
             device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(rank, size, device, pulse, timeout, control, PrefixStore("qlora", store))
+        node, local = rank // topology.processes_per_node, place.local_rank
+        ours, nodes = PrefixStore("qlora", store), topology.nodes
+        return cls(rank, size, device, pulse, node, local, nodes, timeout, control, ours)
 
     def second(self) -> "World":
         """The same processes over a control group of their own, for a thread beside this one's.
@@ -199,7 +207,38 @@ class World:
             Preempted: A stop was asked for.
             QLoRAError: ``work`` failed, or rank 0 gave no sign of life.
         """
+        return self._led(name, work, stop, leader="rank 0", leads=self.rank == 0)
 
+    def on_each_node(
+        self, name: str, work: Callable[[Callable[[], None]], Any], stop: Callable[[], bool]
+    ) -> Any:
+        """The same on one process of each machine, for the others there.
+
+        All wait for all machines. These may come to different ends: who raises here must have the
+        others agree.
+        """
+        found = self._led(
+            f"{name}, node {self.node}",
+            work,
+            stop,
+            leader=f"the first process of node {self.node}",
+            leads=self.local_rank == 0,
+        )
+        with self.pulse.waiting():
+            for node in range(self.num_nodes):
+                if node != self.node:
+                    self._hear(f"the first process of node {node}", f"{name}, node {node}", stop)
+        return found
+
+    def _led(
+        self,
+        name: str,
+        work: Callable[[Callable[[], None]], Any],
+        stop: Callable[[], bool],
+        *,
+        leader: str,
+        leads: bool,
+    ) -> Any:
         def check() -> None:
             self.pulse.at(name)
             if stop() or (self.size > 1 and self._store.check([f"{name}/stop"])):
@@ -207,10 +246,10 @@ class World:
 
         if self.size == 1:
             return work(check)
-        if self.rank != 0:
+        if not leads:
             with self.pulse.waiting():
-                return self._wait_for_rank_0(name, stop)
-        told: dict[str, Any] = {"error": "rank 0 failed", "user": False}
+                return self._wait_for(leader, name, stop)
+        told: dict[str, Any] = {"error": f"{leader} failed", "user": False}
         with _Heartbeat(self._store, f"{name}/beat"):
             try:
                 value = work(check)
@@ -225,7 +264,16 @@ class World:
             finally:
                 self._store.set(f"{name}/done", json.dumps(told))
 
-    def _wait_for_rank_0(self, name: str, stop: Callable[[], bool]) -> Any:
+    def _wait_for(self, leader: str, name: str, stop: Callable[[], bool]) -> Any:
+        told = self._hear(leader, name, stop)
+        if "stopped" in told:
+            raise Preempted
+        if "error" in told:
+            raise (UserError if told["user"] else QLoRAError)(told["error"])
+        return told["value"]
+
+    def _hear(self, leader: str, name: str, stop: Callable[[], bool]) -> dict[str, Any]:
+        """What the leader says at the end of its work."""
         beat, heard, asked = b"", time.monotonic(), False
         while not self._store.check([f"{name}/done"]):
             if stop() and not asked:
@@ -236,14 +284,10 @@ class World:
                 if new != beat:
                     beat, heard = new, time.monotonic()
             if time.monotonic() - heard > _SILENCE_S:
-                raise QLoRAError(f"{name}: no sign of life from rank 0 for {_SILENCE_S:.0f} s")
+                raise QLoRAError(f"{name}: no sign of life from {leader} for {_SILENCE_S:.0f} s")
             time.sleep(0.1)
-        told = json.loads(self._store.get(f"{name}/done"))
-        if "stopped" in told:
-            raise Preempted
-        if "error" in told:
-            raise (UserError if told["user"] else QLoRAError)(told["error"])
-        return told["value"]
+        told: dict[str, Any] = json.loads(self._store.get(f"{name}/done"))
+        return told
 
     def check_sum(self) -> None:
         """Sum a small tensor over all ranks on their devices, and see whether it is right.

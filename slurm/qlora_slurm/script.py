@@ -136,6 +136,8 @@ def _setup(profile: Profile) -> list[str]:
     if env:
         # What a profile sets, a process gets.
         env[PASS_ENV] = " ".join(profile.env)
+    if profile.local_dir is not None:
+        env["QLORA_LOCAL_DIR"] = profile.local_dir
     if profile.network_interface is not None:
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
             env.setdefault(name, profile.network_interface)

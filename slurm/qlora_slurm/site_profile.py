@@ -96,6 +96,9 @@ class Profile(Section):
     """Variables of the job. They are written into its script: no place for a secret."""
     container: Container = Field(default_factory=NoContainer)
     """What the processes of a node run in."""
+    local_dir: Text | None = None
+    """Folder on each node's own storage, for a copy of the quantised base (quantization.cache_dir);
+    it may name variables of the job, as in /local/$SLURM_JOB_ID. A container has to bind it."""
     network_interface: Text | None = None
     """Interface that the nodes talk over, such as ib0."""
     mail_user: Text | None = None

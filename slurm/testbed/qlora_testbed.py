@@ -47,11 +47,12 @@ def _up(parsed: argparse.Namespace) -> None:
     if settings.accounting:
         print("sacct")
     print("\nTo take it down:\n")
-    print(shlex.join(["python", str(_script()), "down", str(parsed.folder)]))
+    print(shlex.join([sys.executable, str(_script()), "down", str(parsed.folder)]))
 
 
 def _down(parsed: argparse.Namespace) -> None:
     _existing(parsed.folder).down()
+    print("Slurm is down. In a shell that was told of it: unset SLURM_CONF")
 
 
 def _status(parsed: argparse.Namespace) -> None:

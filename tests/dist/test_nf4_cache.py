@@ -123,6 +123,33 @@ def test_a_run_that_is_killed_while_it_loads_goes_on_exactly(cached, qlora, tmp_
     assert [path.name for path in (tmp_path / "nf4").iterdir()] == [cache.name]
 
 
+@pytest.mark.matrix
+def test_a_copy_on_the_node_is_read_and_a_damaged_or_impossible_one_is_not(cached, qlora, tmp_path):
+    near = {"QLORA_LOCAL_DIR": str(tmp_path / "job-$SLURM_JOB_ID"), "SLURM_JOB_ID": "7"}
+    qlora("run", cached("whole"))
+    qlora("run", cached("near"), env=near)
+    (copy,) = (tmp_path / "job-7").iterdir()
+    assert copy.name == the_cache(tmp_path).name
+    (file,) = copy.glob("*.safetensors")
+    flip(file, back=file.stat().st_size // 2)
+    done = qlora("run", cached("flipped"), env=near)
+    assert "changed after it was written; reading" in done.stdout
+    assert "quantising again" not in done.stdout
+    assert not copy.exists()
+    done = qlora("run", cached("nowhere"), env={"QLORA_LOCAL_DIR": "/proc/nowhere"})
+    assert "model: no copy on this node, reading" in done.stdout
+    done = qlora("run", cached("unknown"), env={"QLORA_LOCAL_DIR": "/$SCRATCH_OF_NOBODY"})
+    assert "model: no copy on the nodes: local_dir is '/$SCRATCH_OF_NOBODY'" in done.stdout
+    # A node that died while it wrote: the right sizes, and nothing in them.
+    qlora("run", cached("again"), env=near)
+    size = file.stat().st_size
+    file.write_bytes(bytes(size))
+    qlora("run", cached("zeros"), env=near)
+    assert file.read_bytes() != bytes(size)
+    for name in ("near", "flipped", "nowhere", "unknown", "again", "zeros"):
+        assert differences(RunDir(tmp_path / "whole"), RunDir(tmp_path / name)) == []
+
+
 def test_a_rank_that_dies_while_loading_ends_the_others_within_a_minute(cached, qlora, tmp_path):
     begin = time.monotonic()
     done = qlora("run", cached(), code=1, env={"QLORA_FAULT": "loading#3@1=sigkill"})

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,3 +145,28 @@ def test_a_base_that_was_quantised_otherwise(base, tmp_path):
         load(tmp_path / "nf4", dtype="bf16")
     with pytest.raises(ModelError, match=r"is stored as torch\.uint8"):
         load(tmp_path / "nf4", kind="none")
+
+
+def test_storage_that_stops_answering_ends_the_process_with_its_name(base):
+    """A read that hangs for good, as on a network file system whose server is gone."""
+    code = f"""
+import os, threading
+import torch
+from qlora_dist.train import base_files
+from tests.unit.test_base_files import load
+base_files._STALL_S = 2.0
+real, calls = os.preadv, []
+def preadv(*args):
+    calls.append(args)
+    if len(calls) > 5:
+        threading.Event().wait()
+    return real(*args)
+os.preadv = preadv
+load({str(base)!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "storage has given nothing for 2 s" in done.stderr.splitlines()[-1]
+    assert "model.safetensors" in done.stderr.splitlines()[-1]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.errors import PlanError
-from qlora_dist.memory import GIB, nf4_bytes
 from qlora_dist.plan import make_plan, plan_length
 from qlora_dist.shapes import SHAPES
+from qlora_dist.sizes import GIB, nf4_bytes
 from qlora_dist.spec_file import load_spec, spec_from_tree
 from tests.unit.test_spec import GOOD
 

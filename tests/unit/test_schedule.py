@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.data.schedule import SampleSchedule, shard
+from qlora_dist.data import schedule as schedules
+from qlora_dist.data.schedule import SampleSchedule, longest_micro_batch, shard
 from qlora_dist.plan import Length
 from qlora_dist.spec import ScheduleSection
 from qlora_dist.train.optimizer import learning_rate
@@ -116,3 +117,40 @@ def test_rates_are_those_of_transformers(kind, maker, warmup):
         assert math.isclose(ours, optimizer.param_groups[0]["lr"], rel_tol=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 9), st.integers(1, 30), st.booleans())
+def test_no_forward_pass_that_is_to_come_is_longer_than_the_longest(
+    num_samples, micro_size, skipped, count, padded
+):
+    lengths = np.random.default_rng(num_samples).integers(1, 99, num_samples)
+    order = make(num_samples, 3, grouped=False)
+    begin, end = skipped * micro_size, (skipped + count) * micro_size
+
+    def size(rows):
+        return max(lengths[rows]) * micro_size if padded else sum(lengths[rows])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedules, "_AT_ONCE", 7)
+        patch.setattr(schedules, "_SEARCHED_EPOCHS", 999)
+        found = longest_micro_batch(
+            order, lengths, begin=begin, end=end, micro_size=micro_size, padded=padded
+        )
+    passes = order.samples(begin, end - begin).reshape(-1, micro_size)
+    assert found.tolist() in passes.tolist()
+    assert size(found) == max(size(rows) for rows in passes)
+
+
+def test_of_equal_forward_passes_one_that_needs_a_mask_is_the_longest():
+    lengths = np.array([512] * 39 + [100])
+    order = make(40, 3, grouped=False)
+    found = longest_micro_batch(order, lengths, begin=0, end=40, micro_size=4, padded=True)
+    assert sorted(lengths[found]) == [100, 512, 512, 512]
+
+
+def test_the_search_for_the_longest_ends_in_a_run_without_end():
+    order = make(10, 3, grouped=False)
+    lengths = np.arange(1, 11)
+    found = longest_micro_batch(order, lengths, begin=0, end=2**40, micro_size=2, padded=False)
+    assert lengths[found].sum() >= 18

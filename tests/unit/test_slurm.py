@@ -17,7 +17,15 @@ from qlora_dist.layout import RunDir
 from qlora_dist.ledger import bad_nodes, codes_without_progress
 from qlora_dist.plan import make_plan
 from qlora_dist.requeue import BUDGETS, decide
-from qlora_dist.scheduler import JobView, Queue, SchedulerError, SlurmJob, comment_of, parse_job
+from qlora_dist.scheduler import (
+    JobView,
+    Queue,
+    SchedulerError,
+    SlurmJob,
+    comment_of,
+    parse_job,
+    run_command,
+)
 from qlora_dist.spec_file import spec_from_tree
 from qlora_launch.show_runs import list_text
 from qlora_slurm.script import Job, batch_script
@@ -174,7 +182,7 @@ def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
         tmp_path / "r",
         "partition: gpu\naccount: lab\nmem_gb: 1.5\nsignal_lead_s: 300\nnetwork_interface: ib0\n"
         "setup: [module load cuda]\nenv: {A: b c}\nsbatch: {nice: 100}\ngres: gpu:a100:4\n"
-        "cpus: 32\nmail_user: me@lab\n",
+        "cpus: 32\nmail_user: me@lab\nlocal_dir: /local/$SLURM_JOB_ID\n",
     )
     for line in (
         *("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:a100:4", "--time=1590", "--requeue"),
@@ -187,6 +195,8 @@ def test_the_script_says_what_the_spec_and_the_profile_say(tmp_path):
     body = text.partition("# setup\n")[2].splitlines()
     assert body[0] == "trap '' TERM USR1 USR2"
     assert "export NCCL_SOCKET_IFNAME=ib0" in body
+    # Each process puts in what its own machine says.
+    assert "export QLORA_LOCAL_DIR='/local/$SLURM_JOB_ID'" in body
     assert body.index("export A='b c'") < body.index("module load cuda")
     assert body[-1].startswith("exec ")
 
@@ -322,3 +332,9 @@ def test_a_list_without_slurm_names_the_reason_once_a_run_and_knows_what_is_done
     assert rows[1].split()[:2] == ["ended", "done"]
     assert rows[2].split()[:2] == ["waits", "unknown"]
     assert rows[2].endswith("squeue is not on this machine; run this where Slurm is")
+
+
+def test_a_configuration_that_is_gone_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(SchedulerError, match=r"slurm\.conf, which is not there; unset it"):
+        run_command("squeue")

@@ -1,0 +1,195 @@
+"""What a step holds on its device besides the run's state, moment by moment.
+
+Counted over transformers' LLaMA layer with PEFT's LoRA around bitsandbytes' product: which tensors
+each operation keeps for its backward pass, and which live at once where most do. Nothing is fitted;
+``tests/unit/test_activations.py`` runs such steps on tensors without memory, and compares.
+"""
+
+from dataclasses import dataclass
+
+from qlora_dist.shapes import ModelShape
+from qlora_dist.sizes import (
+    NF4_BLOCK,
+    Component,
+    dequantised_slices,
+    dtype_bytes,
+    layer_targets,
+)
+from qlora_dist.spec import Nf4Quantization, RunSpec
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When much memory is held at once.
+
+    Attributes:
+        name: What happens then.
+        components: What is held besides weights, gradients and optimizer.
+        gathered_layers: Whole decoder layers that a sharded run has on its device then.
+    """
+
+    name: str
+    components: tuple[Component, ...]
+    gathered_layers: int
+
+
+def moments(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Moment, ...]:
+    """The moments of a step with the longest batch, one of which is the peak.
+
+    Args:
+        spec: The run.
+        shape: Its model.
+        attention: The attention kernel, one of sdpa, eager, varlen.
+    """
+    batch = _Sizes(spec, shape, spec.batch.micro_size, attention)
+    found = [_loss(batch), _backward(batch)]
+    if spec.data.validation_rows:
+        found.append(_evaluation(_Sizes(spec, shape, spec.evaluation.micro_size, attention)))
+    return tuple(found)
+
+
+class _Sizes:
+    """A forward pass's sizes.
+
+    Attributes:
+        b: Bytes of a number of the computation.
+        rows: Sequences.
+        tokens: Of all of them.
+        hidden: Bytes of one ``(tokens, hidden)`` tensor.
+        inner: Bytes of one ``(tokens, intermediate)`` tensor.
+    """
+
+    def __init__(self, spec: RunSpec, shape: ModelShape, rows: int, attention: str) -> None:
+        self.spec, self.shape, self.rows, self.attention = spec, shape, rows, attention
+        self.b = dtype_bytes(spec)
+        self.seq = spec.data.sequence_tokens
+        self.tokens = rows * self.seq
+        self.hidden = self.tokens * shape.hidden_size * self.b
+        self.inner = self.tokens * shape.intermediate_size * self.b
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention is given a mask: of samples in a row, or of padding."""
+        return self.attention != "varlen" and (self.spec.data.packing or self.rows > 1)
+
+    def logits(self, num_bytes: int) -> Component:
+        """A line for tensors over the vocabulary that take so many bytes an element together."""
+        size = self.tokens * self.shape.vocab_size
+        why = f"{self.tokens:,} tokens x {self.shape.vocab_size:,} x {num_bytes} bytes"
+        return Component("logits", size * num_bytes, why)
+
+    def workspace(self) -> int:
+        """Bytes that the largest product needs beside its operands, in its backward pass."""
+        return max(self._workspace(*sizes) for sizes in self.shape.linears.values())
+
+    def _workspace(self, rows: int, cols: int) -> int:
+        # Of the adapter's two matrices: in the dtype of the computation, and their gradients.
+        stored = 4 if self.spec.adapter.dtype == "fp32" else 2
+        adapter = self.spec.adapter.r * (rows + cols) * (2 * self.b + stored)
+        if not isinstance(self.spec.quantization, Nf4Quantization):
+            return adapter
+        slices = dequantised_slices(rows, cols, self.b)
+        # A slice dequantised and, of several, a copy of its packed columns; all constants.
+        packed = rows * cols // 2 // slices if slices > 1 else 0
+        return rows * cols * self.b // slices + packed + rows * cols // NF4_BLOCK * 4 + adapter
+
+
+def _loss(at: _Sizes) -> Moment:
+    """The loss's gradient: all that the layers keep, and three tensors over the vocabulary."""
+    # The last norm keeps its input in fp32. Of the vocabulary: log-probabilities and the gradients
+    # before and behind them, in fp32.
+    norm = at.tokens * at.shape.hidden_size * 4
+    kept, why = _kept(at)
+    components = (Component("activations", kept + norm, why), at.logits(3 * 4))
+    return Moment("the loss's gradient", components, gathered_layers=0)
+
+
+def _backward(at: _Sizes) -> Moment:
+    """The last layer's backward pass, with all that the layers before it keep."""
+    kept, why = _kept(at)
+    workspace = at.workspace()
+    if at.spec.model.gradient_checkpointing:
+        # The two residuals, the gradient of all of it and of the MLP's last product; with it that
+        # product's matrix, or its input with dropout, there and back. Further down: gradients.
+        masked = 2 * at.inner if at.spec.adapter.dropout > 0 else 0
+        passing = 4 * at.hidden + max(workspace, masked, 3 * at.hidden)
+        kept += layer_activation_bytes(at)
+        why += f" and one whole layer of {at.tokens:,} tokens"
+    else:
+        # The last norm's, all in fp32: its input, its gradient and three that lead to it.
+        passing = max(workspace + 4 * at.hidden, 6 * at.tokens * at.shape.hidden_size * 4)
+    components = (
+        Component("activations", kept, why),
+        Component("passing", passing, "a dequantised matrix, or gradients on their way"),
+    )
+    return Moment("the last layer's backward pass", components, gathered_layers=2)
+
+
+def _evaluation(at: _Sizes) -> Moment:
+    """A forward pass that keeps nothing."""
+    logits = at.logits(at.b + 4 + 4)
+    # PEFT's own product dequantises the whole matrix.
+    largest = max(rows * cols for rows, cols in at.shape.linears.values())
+    matrix = largest * at.b if isinstance(at.spec.quantization, Nf4Quantization) else 0
+    layer = matrix + 3 * at.inner + 4 * at.hidden
+    if at.attention == "eager":
+        layer += at.rows * at.shape.num_heads * at.seq**2 * (4 + 2 * at.b)
+    why = f"{at.rows} sequences in a forward pass"
+    if logits.bytes > layer:
+        components: tuple[Component, ...] = (Component("activations", at.hidden, why), logits)
+    else:
+        components = (Component("activations", layer, why),)
+    return Moment("evaluation", components, gathered_layers=2)
+
+
+def _kept(at: _Sizes) -> tuple[int, str]:
+    """Bytes that all layers keep between their forward and their backward pass."""
+    layers, mask = at.shape.num_layers, at.rows * at.seq**2 if at.masked else 0
+    if at.spec.model.gradient_checkpointing:
+        return layers * at.hidden + mask, f"{layers} layer inputs of {at.tokens:,} tokens"
+    kept = layers * layer_activation_bytes(at) + mask
+    return kept, f"{layers} whole layers of {at.tokens:,} tokens"
+
+
+def layer_activation_bytes(at: _Sizes) -> int:
+    """Bytes that one decoder layer keeps for its backward pass.
+
+    A product with an adapter (qlora_dist.train.lora) keeps its input, which others may keep too,
+    and with dropout a mask of bytes of its own; a frozen one keeps nothing.
+    """
+    spec, shape, b = at.spec, at.shape, at.b
+    hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
+    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    targets = set(layer_targets(spec, shape))
+    norms = 2 * 4 * hidden  # both keep their input in fp32
+    if shape.qk_norm:
+        norms += 4 * (query + key_value)
+    mlp = b * 3 * inner  # gate, silu(gate), up
+
+    def adapter_inputs(width: int, names: set[str]) -> int:
+        fed = len(names & targets)
+        masks = fed * width if spec.adapter.dropout > 0 else 0
+        return b * width + masks if fed else 0
+
+    inputs = (
+        adapter_inputs(hidden, {"q_proj", "k_proj", "v_proj"})
+        # Attention's output is kept already.
+        + max(0, adapter_inputs(query, {"o_proj"}) - b * query)
+        + adapter_inputs(hidden, {"gate_proj", "up_proj"})
+        + adapter_inputs(inner, {"down_proj"})
+    )
+    a_token = norms + mlp + inputs + b * r * len(targets)
+    return at.tokens * a_token + _attention_bytes(at, query, key_value)
+
+
+def _attention_bytes(at: _Sizes, query: int, key_value: int) -> int:
+    """Bytes that attention keeps: its inputs and its output, and what its kernel needs."""
+    heads, b, square = at.shape.num_heads, at.b, at.rows * at.seq**2
+    # Kernels that do not know grouped heads are given keys and values repeated.
+    repeated = at.attention != "sdpa" or at.masked
+    inputs = b * (2 * query + 2 * (query if repeated else key_value))
+    if at.attention == "eager":
+        # The softmax in fp32, and again in the dtype of the product.
+        return at.tokens * inputs + heads * square * (4 + b)
+    # One log-sum a token and head; the mask as numbers to add.
+    return at.tokens * (inputs + 4 * heads) + (square * b if at.masked else 0)

@@ -1,0 +1,120 @@
+"""Sizes that the accounts of memory, disk and network are made of."""
+
+import math
+from dataclasses import dataclass
+
+from qlora_dist.shapes import ModelShape
+from qlora_dist.spec import Nf4Quantization, RunSpec
+
+GIB = 2**30
+
+# bitsandbytes 0.50: NF4 in blocks of 64 weights, their constants again in blocks of 256.
+NF4_BLOCK = 64
+NESTED_BLOCK = 256
+# Moments that share one constant in bitsandbytes' 8-bit optimizers.
+OPTIMIZER_BLOCK = 256
+
+
+# A matrix that is larger dequantised is dequantised in slices of at most this: what the cache of a
+# GPU holds (H100: 50 MB) until the product has read it.
+_SLICE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Component:
+    """One line of an account.
+
+    Attributes:
+        name: Of what.
+        bytes: How much.
+        why: What that follows from.
+        in_torch: Whether torch's allocator holds it.
+        paged: Whether it may move to host memory.
+    """
+
+    name: str
+    bytes: int
+    why: str
+    in_torch: bool = True
+    paged: bool = False
+
+
+def nf4_bytes(num_weights: int, *, double: bool) -> tuple[int, int]:
+    """Bytes of packed weights and of their constants.
+
+    Args:
+        num_weights: Weights of one matrix.
+        double: Whether the constants are quantised again.
+
+    Returns:
+        ``(packed, constants)``. Constants are one fp32 a block; or, quantised, one byte a block and
+        one fp32 per 256 blocks, with a 256-entry fp32 code and an fp32 offset.
+    """
+    blocks = math.ceil(num_weights / NF4_BLOCK)
+    packed = math.ceil(num_weights / 2)
+    codebook = 16 * 4
+    if not double:
+        return packed, blocks * 4 + codebook
+    return packed, blocks + math.ceil(blocks / NESTED_BLOCK) * 4 + 256 * 4 + 4 + codebook
+
+
+def adapter_params(spec: RunSpec, shape: ModelShape) -> int:
+    """Parameters of the adapter: r x (in + out) for each linear layer that it is on."""
+    sizes = [shape.linears[name] for name in layer_targets(spec, shape)]
+    return shape.num_layers * sum(spec.adapter.r * (rows + cols) for rows, cols in sizes)
+
+
+def layer_targets(spec: RunSpec, shape: ModelShape) -> list[str]:
+    """Linear layers of a decoder layer that get an adapter."""
+    target = spec.adapter.target
+    return list(shape.linears) if target == "all-linear" else target
+
+
+def dtype_bytes(spec: RunSpec) -> int:
+    """Bytes of a number that the model computes with."""
+    return 2 if spec.model.dtype == "bf16" else 4
+
+
+def adapter_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the adapter's weights, as they are trained and saved; its gradients take as many."""
+    return adapter_params(spec, shape) * (4 if spec.adapter.dtype == "fp32" else 2)
+
+
+def moments_of(spec: RunSpec) -> tuple[float, str]:
+    """Bytes of optimizer state for one parameter, and what they are."""
+    if spec.optimizer.kind == "adamw":
+        size = 4 if spec.adapter.dtype == "fp32" else 2
+        return 2 * size, f"two moments of {size} bytes a parameter"
+    if spec.optimizer.kind.endswith("_32bit"):
+        return 8, "two moments of 4 bytes a parameter"
+    return 2 + 2 * 4 / OPTIMIZER_BLOCK, f"two moments of 1 byte + 4/{OPTIMIZER_BLOCK} a parameter"
+
+
+def moment_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of all optimizer state."""
+    return int(moments_of(spec)[0] * adapter_params(spec, shape))
+
+
+def layer_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the matrices of one decoder layer, as they are stored while training."""
+    sizes = [rows * cols for rows, cols in shape.linears.values()]
+    if isinstance(spec.quantization, Nf4Quantization):
+        return sum(sum(nf4_bytes(size, double=spec.quantization.double)) for size in sizes)
+    return sum(sizes) * dtype_bytes(spec)
+
+
+def base_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the whole base, as it is stored while training."""
+    kept = shape.num_embedding_params + shape.num_other_params
+    return shape.num_layers * layer_bytes(spec, shape) + kept * dtype_bytes(spec)
+
+
+def dequantised_slices(rows: int, width: int, element: int) -> int:
+    """Into how many slices a quantised matrix is cut when it is multiplied.
+
+    Args:
+        rows: Its outputs.
+        width: Its inputs.
+        element: Bytes of a number of the computation.
+    """
+    return math.ceil(rows * width * element / _SLICE_BYTES)

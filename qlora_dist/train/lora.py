@@ -1,0 +1,193 @@
+"""A frozen matrix and its adapter as one product, forward and backward.
+
+PEFT computes the adapter's part beside the base's and adds it: on the way there and back that reads
+and writes each activation several times more, and keeps copies of what the layer was given. Here
+the adapter's part is added where the base's product already lies, and only the input, shared by
+all layers that are given the same, is kept. A large quantised matrix is dequantised in slices.
+"""
+
+from types import MethodType
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
+from torch import nn
+
+from qlora_dist.sizes import NF4_BLOCK, dequantised_slices
+from qlora_dist.train.nf4 import Nf4Linear, Nf4Tensor
+
+_DROPPED = torch.ops.aten.native_dropout_backward
+
+
+def fuse(model: nn.Module) -> None:
+    """Have every layer with an adapter compute both in one, in training mode.
+
+    In evaluation mode PEFT's own code runs: it is what whoever loads the adapter will run.
+
+    Args:
+        model: A ``PeftModel``.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not self.training or self.disable_adapters or self.merged:
+        result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
+        return result
+    (name,) = self.active_adapters
+    dropout = self.lora_dropout[name]
+    result = _Product.apply(  # type: ignore[no-untyped-call]
+        x,
+        self.lora_A[name].weight,
+        self.lora_B[name].weight,
+        self.get_base_layer(),
+        self.scaling[name],
+        dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+    )
+    return result
+
+
+class _Product(torch.autograd.Function):
+    """``x @ W.T + bias + scaling * (dropout(x) @ A.T) @ B.T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        layer: nn.Linear,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        dtype = _dtype_of(layer)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.to(dtype).reshape(-1, x.shape[-1])
+            y = _times(flat, layer)
+            dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
+            h = dropped @ a.to(dtype).T
+            y.addmm_(h, b.to(dtype).T, alpha=scaling)
+        # Not the matrix: under FSDP2 its memory is given back, and the layer has it again later.
+        ctx.layer, ctx.scaling, ctx.p = layer, scaling, p
+        ctx.save_for_backward(x, h, mask, a, b)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, h, mask, a, b = ctx.saved_tensors
+        dtype, layer, scaling = h.dtype, ctx.layer, ctx.scaling
+        grad_x = grad_a = grad_b = None
+        with torch.autocast(x.device.type, enabled=False):
+            g = grad.to(dtype).reshape(-1, grad.shape[-1])
+            if ctx.needs_input_grad[2]:
+                grad_b = (g.T @ h).mul_(scaling).to(b.dtype)
+            grad_h = (g @ b.to(dtype)).mul_(scaling)
+            if ctx.needs_input_grad[1]:
+                flat = x.to(dtype).reshape(-1, x.shape[-1])
+                if mask is not None:
+                    flat = _DROPPED(flat, mask, 1 / (1 - ctx.p))
+                grad_a = (grad_h.T @ flat).to(a.dtype)
+                del flat
+            if ctx.needs_input_grad[0]:
+                grad_x = _times_transposed(g, layer)
+                if mask is None:
+                    grad_x.addmm_(grad_h, a.to(dtype))
+                else:
+                    own = grad_h @ a.to(dtype)
+                    grad_x += _DROPPED(own, mask, 1 / (1 - ctx.p))
+                grad_x = grad_x.view(x.shape).to(x.dtype)
+        return grad_x, grad_a, grad_b, None, None, None
+
+
+def _dtype_of(layer: nn.Linear) -> torch.dtype:
+    return layer.compute_dtype if isinstance(layer, Nf4Linear) else layer.weight.dtype
+
+
+def _times(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """``x @ W.T + bias``, in new memory.
+
+    Args:
+        x: Shape ``(tokens, in)``.
+        layer: The frozen layer.
+    """
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if not isinstance(layer, Nf4Linear):
+        return nn.functional.linear(x, layer.weight, bias)
+    weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
+    rows, width = layer.out_features, layer.in_features
+    parts = dequantised_slices(rows, width, x.element_size())
+    if parts == 1:
+        y: torch.Tensor = bitsandbytes.matmul_4bit(
+            x, weight.flat(), bias=bias, quant_state=weight.state()
+        )
+        return y
+    y, absmax = x.new_empty(len(x), rows), _absmax(weight)
+    for begin, end in _ranges(rows, parts):
+        part = _dequantised(weight.packed[begin:end], absmax[begin:end], x.dtype)
+        torch.mm(x, part.T, out=y[:, begin:end])
+        # Before the next one is made.
+        del part
+    return y if bias is None else y.add_(bias)
+
+
+def _times_transposed(g: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """``g @ W``, in new memory.
+
+    Args:
+        g: Shape ``(tokens, out)``.
+        layer: The frozen layer.
+    """
+    if not isinstance(layer, Nf4Linear):
+        return g @ layer.weight
+    weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
+    rows, width = layer.out_features, layer.in_features
+    parts, absmax = dequantised_slices(rows, width, g.element_size()), _absmax(weight)
+    packed = weight.packed[:rows]
+    if parts == 1:
+        return g @ _dequantised(packed, absmax, g.dtype)
+    # By columns, so that no sum is cut in two.
+    grad = g.new_empty(len(g), width)
+    for begin, end in _ranges(width // NF4_BLOCK, parts):
+        first, last = begin * NF4_BLOCK, end * NF4_BLOCK
+        own = packed[:, first // 2 : last // 2].contiguous()
+        part = _dequantised(own, absmax[:, begin:end].contiguous(), g.dtype)
+        torch.mm(g, part, out=grad[:, first:last])
+        del own, part
+    return grad
+
+
+def _absmax(weight: Nf4Tensor) -> torch.Tensor:
+    """The blocks' constants as numbers, float32 of shape ``(out, in / 64)``."""
+    state = weight.state()
+    found = state.absmax
+    if state.nested:
+        found = functional.dequantize_blockwise(found, state.state2) + state.offset
+    return found.view(state.shape[0], -1)
+
+
+def _dequantised(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows, or columns, of a matrix.
+
+    Args:
+        packed: uint8 of shape ``(n, m / 2)``, contiguous.
+        absmax: float32 of shape ``(n, m / 64)``, contiguous.
+        dtype: What it is to be.
+    """
+    state = QuantState(
+        absmax=absmax.reshape(-1),
+        shape=torch.Size((packed.shape[0], 2 * packed.shape[1])),
+        dtype=dtype,
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+    )
+    return functional.dequantize_4bit(packed.view(-1, 1), state)
+
+
+def _ranges(count: int, parts: int) -> list[tuple[int, int]]:
+    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]

@@ -1,0 +1,150 @@
+"""A training step on tensors without memory, and how much it would have held at once."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from qlora_dist.sizes import NF4_BLOCK
+from qlora_dist.train import adapters
+from qlora_dist.train.batch import Batch
+from qlora_dist.train.load import DTYPES, empty_base, put_whole
+from qlora_dist.train.nf4 import Nf4Tensor
+from qlora_dist.train.objective import summed_loss
+from qlora_dist.train.quantise import Constants, Nested
+from qlora_dist.train.strategy import Gradients
+
+# torch's allocator hands out multiples of this.
+ROUND = 512
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._storages = {}
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            self._add(leaf)
+        if func is torch.ops.bitsandbytes.gemm_4bit.default:
+            # On a GPU it dequantises the matrix, and doubly quantised constants before.
+            rows, width = args[2]
+            nested = (kwargs or {}).get("absmax_8bit") is not None
+            matrix = rows * width * args[0].element_size()
+            self.peak = max(self.peak, self.bytes + matrix + nested * rows * width // 64 * 4)
+        return out
+
+    def _add(self, leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return
+        if is_traceable_wrapper_subclass(leaf):
+            for name in leaf.__tensor_flatten__()[0]:
+                self._add(getattr(leaf, name))
+            return
+        storage = leaf.untyped_storage()
+        key, size = id(storage), -(-storage.nbytes() // ROUND) * ROUND
+        if leaf.device.type == "meta" or key in self._storages:
+            return
+
+        def gone(_):
+            del self._storages[key]
+            self.bytes -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def step_bytes(spec, *, attention):
+    """The peak of a step with the longest batch, as torch's allocator would report it.
+
+    CPU tensors stand for those of a GPU, so what differs there is set to what a GPU does.
+    """
+    dtype, device = DTYPES[spec.model.dtype], torch.device("cpu")
+    with as_on_a_gpu(autocast=dtype == torch.bfloat16):
+        base = empty_base(spec, attention=attention)
+        model = adapters.add_adapter(
+            base.model,
+            spec.adapter,
+            seed=0,
+            device=torch.device("meta"),
+            autocast=dtype == torch.bfloat16,
+        ).train()
+        with FakeTensorMode(), Held() as held:
+            for slot in base.slots:
+                put_whole(slot, _weight(slot, dtype, device))
+            for module in model.modules():
+                for name, tensor in {**module._parameters, **module._buffers}.items():
+                    if tensor is not None and not isinstance(tensor, torch._subclasses.FakeTensor):
+                        _replace(module, name, tensor)
+            parameters = adapters.trainable(model)
+            moments = [
+                torch.empty_like(p)
+                for p in parameters.values()
+                for _ in range(2 * (spec.optimizer.kind == "adamw"))
+            ]
+            Gradients(parameters)
+            _forward_and_backward(model, spec, dtype, device)
+            del moments
+            return held.peak
+
+
+@contextmanager
+def as_on_a_gpu(*, autocast: bool) -> Iterator[None]:
+    """Dropout keeps a mask of bytes, and autocast is the kind that PEFT asks for."""
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(x, p, training)[0] if training and p else x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "dropout", dropout)
+        if autocast:
+            # Without a device it asks for CUDA's.
+            asked = torch.is_autocast_enabled
+            patch.setattr(torch, "is_autocast_enabled", lambda *of: asked(*of) if of else True)
+        patch.setattr(
+            adapters, "_initial", lambda _, shape, seed: torch.empty(shape, device="meta")
+        )
+        yield
+
+
+def _weight(slot, dtype, device):
+    old = slot.module._parameters[slot.name]
+    if not isinstance(old, Nf4Tensor):
+        return torch.empty(old.shape, dtype=dtype, device=device)
+    packed, absmax = (torch.empty(p.shape, dtype=p.dtype) for p in (old.packed, old.absmax))
+    blocks, nested = old.numel() // NF4_BLOCK, None
+    if absmax.numel() == blocks:
+        nested = Nested(torch.empty(-(-blocks // 256)), torch.empty(256), torch.empty(()))
+    constants = Constants(tuple(old.shape), dtype, torch.empty(16), nested)
+    return Nf4Tensor(packed, absmax, constants, dtype)
+
+
+def _replace(module, name, tensor):
+    if isinstance(tensor, Nf4Tensor):
+        return
+    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if isinstance(tensor, torch.nn.Parameter):
+        if tensor.requires_grad:
+            module._parameters[name] = torch.nn.Parameter(new)
+    else:
+        module._buffers[name] = new
+
+
+def _forward_and_backward(model, spec, dtype, device):
+    rows, seq = spec.batch.micro_size, spec.data.sequence_tokens
+    ids = torch.zeros(rows, seq, dtype=torch.int64, device=device)
+    batch = Batch(ids, ids[:, 1:].clone(), {})
+    autocast = torch.autocast("cpu", dtype, cache_enabled=False)
+    with autocast if dtype == torch.bfloat16 else nullcontext():
+        loss = summed_loss(model, batch) / 100
+    loss.backward()
