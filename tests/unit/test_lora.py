@@ -7,6 +7,7 @@ from qlora_dist import sizes
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import load_base
+from qlora_dist.train.lora import block_ranges
 from tests.unit.test_spec import GOOD
 
 CPU = torch.device("cpu")
@@ -74,6 +75,14 @@ def test_a_matrix_in_slices_is_the_matrix(tiny_model, monkeypatch):
     monkeypatch.setattr(sizes, "_SLICE_BYTES", 5000)
     assert sizes.dequantised_slices(192, 64, 4) == 10
     assert_close(step(model), whole)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(11008, 3), (28672, 7), (100, 3), (64, 5)])
+def test_slices_begin_at_whole_blocks_and_leave_nothing_out(count, parts):
+    cuts = block_ranges(count, parts)
+    assert [i for begin, end in cuts for i in range(begin, end)] == list(range(count))
+    assert len(cuts) <= parts
+    assert all(begin % 64 == 0 and begin < end for begin, end in cuts)
 
 
 def test_dropout_is_on_the_adapters_input_alone_and_drawn_from_the_generator(tiny_model):
