@@ -26,11 +26,13 @@ class Moment:
         name: What happens then.
         components: What is held besides weights, gradients and optimizer.
         gathered_layers: Whole decoder layers that a sharded run has on its device then.
+        gathered_ends: And how often the embedding, the head and the last norm.
     """
 
     name: str
     components: tuple[Component, ...]
     gathered_layers: int
+    gathered_ends: int = 1
 
 
 def moments(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Moment, ...]:
@@ -42,7 +44,7 @@ def moments(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Moment
         attention: The attention kernel, one of sdpa, eager, varlen.
     """
     batch = _Sizes(spec, shape, spec.batch.micro_size, attention)
-    found = [_loss(batch), _backward(batch)]
+    found = [_start(batch), _loss(batch), _last_norm(batch), _backward(batch)]
     if spec.data.validation_rows:
         found.append(_evaluation(_Sizes(spec, shape, spec.evaluation.micro_size, attention)))
     return tuple(found)
@@ -57,6 +59,7 @@ class _Sizes:
         tokens: Of all of them.
         hidden: Bytes of one ``(tokens, hidden)`` tensor.
         inner: Bytes of one ``(tokens, intermediate)`` tensor.
+        fused: Whether a frozen matrix and its adapter are one product (qlora_dist.train.adapters).
     """
 
     def __init__(self, spec: RunSpec, shape: ModelShape, rows: int, attention: str) -> None:
@@ -66,6 +69,7 @@ class _Sizes:
         self.tokens = rows * self.seq
         self.hidden = self.tokens * shape.hidden_size * self.b
         self.inner = self.tokens * shape.intermediate_size * self.b
+        self.fused = spec.model.dtype == "bf16"
 
     @property
     def masked(self) -> bool:
@@ -88,10 +92,20 @@ class _Sizes:
         adapter = self.spec.adapter.r * (rows + cols) * (2 * self.b + stored)
         if not isinstance(self.spec.quantization, Nf4Quantization):
             return adapter
-        slices = dequantised_slices(rows, cols, self.b)
+        slices = dequantised_slices(rows, cols, self.b) if self.fused else 1
         # A slice dequantised and, of several, a copy of its packed columns; all constants.
         packed = rows * cols // 2 // slices if slices > 1 else 0
         return rows * cols * self.b // slices + packed + rows * cols // NF4_BLOCK * 4 + adapter
+
+
+def _start(at: _Sizes) -> Moment:
+    """The first layer's gather: FSDP2 lets a gather's buffer go only when the next one is through.
+
+    It is the peak of small models and short sequences. Each gather is there twice, as it came and
+    cut into its tensors.
+    """
+    components = (Component("activations", at.hidden, f"the embedding of {at.tokens:,} tokens"),)
+    return Moment("the first layer's gather", components, gathered_layers=2, gathered_ends=2)
 
 
 def _loss(at: _Sizes) -> Moment:
@@ -102,6 +116,16 @@ def _loss(at: _Sizes) -> Moment:
     kept, why = _kept(at)
     components = (Component("activations", kept + norm, why), at.logits(3 * 4))
     return Moment("the loss's gradient", components, gathered_layers=0)
+
+
+def _last_norm(at: _Sizes) -> Moment:
+    """The last norm's backward pass: its input, its gradient and what leads to it, all in fp32."""
+    kept, why = _kept(at)
+    components = (
+        Component("activations", kept, why),
+        Component("passing", 6 * at.tokens * at.shape.hidden_size * 4, "a norm's, in fp32"),
+    )
+    return Moment("the last norm's backward pass", components, gathered_layers=0)
 
 
 def _backward(at: _Sizes) -> Moment:
@@ -116,8 +140,7 @@ def _backward(at: _Sizes) -> Moment:
         kept += layer_activation_bytes(at)
         why += f" and one whole layer of {at.tokens:,} tokens"
     else:
-        # The last norm's, all in fp32: its input, its gradient and three that lead to it.
-        passing = max(workspace + 4 * at.hidden, 6 * at.tokens * at.shape.hidden_size * 4)
+        passing = workspace + 4 * at.hidden
     components = (
         Component("activations", kept, why),
         Component("passing", passing, "a dequantised matrix, or gradients on their way"),
@@ -155,7 +178,8 @@ def layer_activation_bytes(at: _Sizes) -> int:
     """Bytes that one decoder layer keeps for its backward pass.
 
     A product with an adapter (qlora_dist.train.lora) keeps its input, which others may keep too,
-    and with dropout a mask of bytes of its own; a frozen one keeps nothing.
+    and with dropout a mask of bytes of its own; PEFT's keeps the input behind the dropout instead.
+    A frozen one keeps nothing.
     """
     spec, shape, b = at.spec, at.shape, at.b
     hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
@@ -166,15 +190,17 @@ def layer_activation_bytes(at: _Sizes) -> int:
         norms += 4 * (query + key_value)
     mlp = b * 3 * inner  # gate, silu(gate), up
 
-    def adapter_inputs(width: int, names: set[str]) -> int:
+    def adapter_inputs(width: int, names: set[str], *, kept: bool = False) -> int:
         fed = len(names & targets)
+        if fed and spec.adapter.dropout > 0 and not at.fused:
+            return fed * width * (1 + b)
         masks = fed * width if spec.adapter.dropout > 0 else 0
-        return b * width + masks if fed else 0
+        return masks + b * width * (fed > 0 and not kept)
 
     inputs = (
         adapter_inputs(hidden, {"q_proj", "k_proj", "v_proj"})
-        # Attention's output is kept already.
-        + max(0, adapter_inputs(query, {"o_proj"}) - b * query)
+        # It is given attention's output, which attention keeps.
+        + adapter_inputs(query, {"o_proj"}, kept=True)
         + adapter_inputs(hidden, {"gate_proj", "up_proj"})
         + adapter_inputs(inner, {"down_proj"})
     )

@@ -38,8 +38,12 @@ GPU_MIB: dict[str, int] = {
 # GPUs without bf16.
 BEFORE_AMPERE = frozenset({"t4-16gb", "v100-32gb"})
 
-# What a process holds outside torch's allocator. On a GPU: CUDA context, cuBLAS workspace, and
-# (more than one process) NCCL's buffers. On a CPU: the interpreter and its libraries.
+# cuBLAS has one for each thread that uses it, of the forward and of the backward pass, and torch's
+# allocator gives it: CUBLAS_WORKSPACE_CONFIG=:4096:8, which every process is started with.
+WORKSPACE_BYTES = 2 * 8 * 4096 * 2**10
+
+# What a process holds outside torch's allocator. On a GPU: CUDA context, and (more than one
+# process) NCCL's buffers. On a CPU: the interpreter and its libraries.
 CONTEXT_BYTES = GIB
 NCCL_BYTES = GIB // 2
 INTERPRETER_BYTES = GIB
@@ -88,7 +92,11 @@ def plan_memory(
         attention: The attention kernel.
     """
     shards = _shards(spec, world_size, gpus_per_node)
-    state = (*_weights(spec, shape, shards), *_training_state(spec, shape, shards, world_size))
+    state = (
+        *_weights(spec, shape, shards),
+        *_training_state(spec, shape, shards, world_size),
+        *_workspaces(spec),
+    )
     at_each = [
         (moment.name, (*moment.components, *_gathered(spec, shape, shards, moment)))
         for moment in moments(spec, shape, attention=attention)
@@ -171,9 +179,11 @@ def _gathered(
         return ()
     ends = (shape.num_embedding_params + shape.hidden_size) * dtype_bytes(spec)
     why = "embedding, head and last norm, whole for the length of a step"
-    lines = [Component("gathered embedding", ends, why)]
+    if moment.gathered_ends > 1:
+        why += ", and as they came"
+    lines = [Component("gathered embedding", moment.gathered_ends * ends, why)]
     if moment.gathered_layers:
-        why = "this layer's and the next one's, whole"
+        why = "two layers, or one twice: this one's and the next one's, as it comes"
         size = moment.gathered_layers * layer_bytes(spec, shape)
         lines.append(Component("gathered layers", size, why))
     return tuple(lines)
@@ -206,9 +216,16 @@ def _training_state(
     )
 
 
+def _workspaces(spec: RunSpec) -> tuple[Component, ...]:
+    if spec.resources.gpus_per_node == 0:
+        return ()
+    why = "cuBLAS, forward and backward: 32 MiB each"
+    return (Component("workspaces", WORKSPACE_BYTES, why),)
+
+
 def _slack(spec: RunSpec, world_size: int) -> Component:
     if spec.resources.gpus_per_node == 0:
         return Component("slack", INTERPRETER_BYTES, "the interpreter and its libraries", False)
     slack = CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
-    why = "CUDA context and workspaces outside torch's allocator"
+    why = "CUDA context, outside torch's allocator"
     return Component("slack", slack, why, in_torch=False)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from qlora_dist.memory import WORKSPACE_BYTES
 from qlora_dist.sizes import NF4_BLOCK
 from qlora_dist.train import adapters
 from qlora_dist.train.batch import Batch
@@ -28,20 +29,26 @@ class Held(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes = self.peak = 0
+        self.peak = 0
         self._storages = {}
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             self._add(leaf)
+        extra = 0
         if func is torch.ops.bitsandbytes.gemm_4bit.default:
             # On a GPU it dequantises the matrix, and doubly quantised constants before.
             rows, width = args[2]
             nested = (kwargs or {}).get("absmax_8bit") is not None
-            matrix = rows * width * args[0].element_size()
-            self.peak = max(self.peak, self.bytes + matrix + nested * rows * width // 64 * 4)
+            extra = rows * width * args[0].element_size() + nested * rows * width // 64 * 4
+        self.peak = max(self.peak, self.bytes() + extra)
         return out
+
+    def bytes(self):
+        """What is held now. FSDP2 takes memory away from storages that stay."""
+        sizes = (storage.nbytes() for ref in self._storages.values() if (storage := ref()))
+        return sum(-(-size // ROUND) * ROUND for size in sizes)
 
     def _add(self, leaf):
         if not isinstance(leaf, torch.Tensor):
@@ -51,17 +58,9 @@ class Held(TorchDispatchMode):
                 self._add(getattr(leaf, name))
             return
         storage = leaf.untyped_storage()
-        key, size = id(storage), -(-storage.nbytes() // ROUND) * ROUND
-        if leaf.device.type == "meta" or key in self._storages:
-            return
-
-        def gone(_):
-            del self._storages[key]
-            self.bytes -= size
-
-        self._storages[key] = weakref.ref(storage, gone)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
+        key = id(storage)
+        if leaf.device.type != "meta" and key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key))
 
 
 def step_bytes(spec, *, attention):
@@ -93,9 +92,9 @@ def step_bytes(spec, *, attention):
                 for _ in range(2 * (spec.optimizer.kind == "adamw"))
             ]
             Gradients(parameters)
-            _forward_and_backward(model, spec, dtype, device)
+            forward_and_backward(model, spec, dtype, device)
             del moments
-            return held.peak
+            return held.peak + WORKSPACE_BYTES
 
 
 @contextmanager
@@ -140,7 +139,8 @@ def _replace(module, name, tensor):
         module._buffers[name] = new
 
 
-def _forward_and_backward(model, spec, dtype, device):
+def forward_and_backward(model, spec, dtype, device):
+    """One pass each way over the longest batch of a spec."""
     rows, seq = spec.batch.micro_size, spec.data.sequence_tokens
     ids = torch.zeros(rows, seq, dtype=torch.int64, device=device)
     batch = Batch(ids, ids[:, 1:].clone(), {})

@@ -44,8 +44,10 @@ def add_adapter(
         adapter: What to put around it.
         seed: Of its start.
         device: Where its weights go.
-        autocast: Whether forward passes will run under autocast, which casts what a product needs:
-            PEFT's own casts to the dtype of the weights would only be undone.
+        autocast: Whether forward passes will run under autocast, in bf16. It casts what a product
+            needs: PEFT's own casts to the dtype of the weights would only be undone. And products
+            are then ours (qlora_dist.train.lora). In float32 all is PEFT's own, and training is
+            that of a plain loop over PEFT, rounding for rounding.
 
     Returns:
         A ``PeftModel`` whose only trainable parameters are the adapter's, in ``adapter.dtype``.
@@ -83,7 +85,7 @@ def add_adapter(
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False
-    fuse(model)
+        fuse(model)
     return model
 
 

@@ -16,15 +16,15 @@ from qlora_dist.train.compare import differences
 BENCH = Path(__file__).parent.parent.parent / "bench"
 
 
-def shard_bytes(processes, *arguments):
-    """What bench/shard_bytes.py counts, on gloo processes."""
-    root = str(BENCH.parent)
+def torchrun(script, processes, *arguments):
+    """The JSON of a script's last line, on gloo processes."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={processes}", str(BENCH / "shard_bytes.py"), *arguments),
+            *(f"--nproc_per_node={processes}", str(script), *arguments),
         ],
-        env=os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"PYTHONPATH": f"{BENCH.parent}{os.pathsep}{BENCH}", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -39,7 +39,7 @@ def shard_bytes(processes, *arguments):
     [(2, ["--recompute"]), (3, []), (2, ["--single", "--dtype", "fp32"])],
 )
 def test_what_a_rank_computes_with_is_what_one_device_would_have_made(processes, arguments):
-    counted = shard_bytes(processes, *arguments)
+    counted = torchrun(BENCH / "shard_bytes.py", processes, *arguments)
     assert counted["matrices"] >= processes * 150
     assert counted["compared"] > 10_000_000
     assert counted["different"] == 0
@@ -48,8 +48,26 @@ def test_what_a_rank_computes_with_is_what_one_device_would_have_made(processes,
 
 
 def test_the_comparison_sees_one_bit():
-    counted = shard_bytes(2, "--damage")
+    counted = torchrun(BENCH / "shard_bytes.py", 2, "--damage")
     assert counted["different"] == counted["matrices"] > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "recompute", "moment"),
+    [
+        ("64", "8192", "yes", "the first layer's gather"),
+        ("1024", "8192", "yes", "the loss's gradient"),
+        ("1024", "512", "yes", "the last layer's backward pass"),
+        ("1024", "512", "no", "the last norm's backward pass"),
+    ],
+)
+def test_the_predicted_peak_is_that_of_a_sharded_step(tokens, vocabulary, recompute, moment):
+    script = BENCH.parent / "tests" / "sharded_step.py"
+    counted = torchrun(script, 2, tokens, vocabulary, recompute)
+    print(counted)
+    assert counted["moment"] == moment
+    assert counted["said"]["before"] == pytest.approx(counted["before"], rel=0.01)
+    assert counted["said"]["peak"] == pytest.approx(counted["peak"], rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("none", marks=pytest.mark.matrix)])

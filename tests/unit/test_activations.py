@@ -25,6 +25,20 @@ CASES = {
     "65b, kept": ("llama-65b", {"model.gradient_checkpointing": False, "data.max_tokens": 2048}),
     "queries and values": ("llama-7b", {"adapter.target": ["q_proj", "v_proj"]}),
     "fp32": ("llama-7b", {"model.dtype": "fp32", "adapter.dropout": 0.1}),
+    "fp32, no dropout": ("llama-7b", {"model.dtype": "fp32"}),
+    "fp32, kept": (
+        "llama-7b",
+        {
+            "model.dtype": "fp32",
+            "model.gradient_checkpointing": False,
+            "adapter.dropout": 0.1,
+            "data.max_tokens": 2048,
+        },
+    ),
+    "fp32, kept, no dropout": (
+        "llama-7b",
+        {"model.dtype": "fp32", "model.gradient_checkpointing": False, "data.max_tokens": 2048},
+    ),
     "eager": ("llama-7b", {"model.attention": "eager", "data.max_tokens": 1024}),
 }
 

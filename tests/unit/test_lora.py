@@ -7,7 +7,7 @@ from qlora_dist import sizes
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import load_base
-from qlora_dist.train.lora import block_ranges
+from qlora_dist.train.lora import block_ranges, fuse
 from tests.unit.test_spec import GOOD
 
 CPU = torch.device("cpu")
@@ -18,6 +18,7 @@ def load(tiny_model, **changes):
     spec = spec_from_tree(tree)
     base = load_base(spec, device=CPU, attention="sdpa")
     model = add_adapter(base, spec.adapter, seed=1, device=CPU)
+    fuse(model)
     for name, parameter in trainable(model).items():
         # B starts at zero, and would hide what goes through it.
         if ".lora_B." in name:
