@@ -31,7 +31,7 @@ from qlora_testbed import Settings, Testbed
 
 # Steps of about a quarter of a second, so a save every five seconds.
 EVERY = 20
-PATIENCE_S = 300
+PATIENCE_S = 480
 
 
 def preempt(testbed, _job):
@@ -133,7 +133,8 @@ TRIALS = (
         Settings(kill_wait_s=2),
         {"signal_lead_s": 1},
         slow_s=75,
-        time="0:03:00",
+        # Until its first save has ended, a run does not know how long one takes.
+        time="0:06:00",
         comes_back=None,
     ),
 )

@@ -109,3 +109,13 @@ def number(value: float | None) -> str:
     if value is None:
         return "unknown"
     return "UNLIMITED" if math.isinf(value) else f"{value:g}"
+
+
+def duration(seconds: float) -> str:
+    """A duration as resources.time has it."""
+    if math.isinf(seconds):
+        return "UNLIMITED"
+    minutes, rest = divmod(int(seconds), 60)
+    days, minutes = divmod(minutes, 1440)
+    text = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return f"{days}-{text}" if days else text

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qlora_dist.diagnosis import TEARDOWN_S, Finding, clock_s, stop_s
-from qlora_slurm.case import Case, number
+from qlora_slurm.case import Case, duration, number
 from qlora_slurm.site_facts import Partition
 
 _UNKNOWN_MODE = "Jobs may be preempted, and what becomes of them then is not known."
@@ -185,6 +185,14 @@ def time_limit(case: Case) -> Iterator[Finding]:
         change: list[str] = []
         if proposed is not None and lead < proposed:
             change.append(f"signal_lead_s: {proposed} in the profile")
+        if case.measured is not None and case.time_s < max(lead, clock) + case.measured.save_s:
+            what += (
+                f" But {case.time_s} s is a short time: until its first save has ended, a run does "
+                "not know how long one takes."
+            )
+            lost = case.most_lost
+            enough = max(lead, clock) + 2 * case.measured.save_s + TEARDOWN_S
+            change.append(f"resources.time={duration(60 * math.ceil(enough / 60))} or more")
         by = (f"signal_lead_s={lead}", kill_wait, f"OverTimeLimit={_minutes(over)} {at}")
         yield Finding("time limit", what, by, lost, tuple(change))
 

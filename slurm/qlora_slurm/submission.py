@@ -1,12 +1,11 @@
 """Whether a partition would take the job at all, and where it would start."""
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_dist.diagnosis import Finding
-from qlora_slurm.case import Case, number
+from qlora_slurm.case import Case, duration, number
 from qlora_slurm.site_facts import Node, Partition
 
 _MEM_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
@@ -29,12 +28,12 @@ def _partition(case: Case, partition: Partition) -> Iterator[Finding]:
         what = f"Partition {partition.name} is not up: the job waits until it is."
         yield Finding("submission", what, (f"State {at}",))
     if case.time_s > partition.max_time_s:
-        limit = f"MaxTime={clock(partition.max_time_s)} {at}"
+        limit = f"MaxTime={duration(partition.max_time_s)} {at}"
         wish = (
-            f"resources.time={clock(partition.max_time_s)} or less; at the limit the run saves and "
-            "goes back into the queue by itself"
+            f"resources.time={duration(partition.max_time_s)} or less; at the limit the run saves "
+            "and goes back into the queue by itself"
         )
-        yield _refused(case, f"It asks for {clock(case.time_s)}, more than {limit}", limit, wish)
+        yield _refused(case, f"It asks for {duration(case.time_s)}, more than {limit}", limit, wish)
     if (nodes := case.plan.topology.nodes) > partition.max_nodes:
         limit = f"MaxNodes={number(partition.max_nodes)} {at}"
         wish = f"resources.nodes={number(partition.max_nodes)} or fewer"
@@ -149,19 +148,10 @@ def _qos(case: Case) -> Iterator[Finding]:
         by = (f"QOS of this cluster: {', '.join(known)}",)
         yield Finding("submission", what, by, never_starts=True)
     elif case.time_s > known[name].max_time_s and case.site.config.enforces_limits:
-        limit = f"MaxWall={clock(known[name].max_time_s)} of QOS {name}"
+        limit = f"MaxWall={duration(known[name].max_time_s)} of QOS {name}"
         what = (
-            f"It asks for {clock(case.time_s)}, more than {limit}: it is refused or waits for ever."
+            f"It asks for {duration(case.time_s)}, more than {limit}: it is refused or waits for "
+            "ever."
         )
-        wish = f"resources.time={clock(known[name].max_time_s)} or less"
+        wish = f"resources.time={duration(known[name].max_time_s)} or less"
         yield Finding("submission", what, (limit,), None, (wish,), never_starts=True)
-
-
-def clock(seconds: float) -> str:
-    """A duration as resources.time has it."""
-    if math.isinf(seconds):
-        return "UNLIMITED"
-    minutes, rest = divmod(int(seconds), 60)
-    days, minutes = divmod(minutes, 1440)
-    text = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-    return f"{days}-{text}" if days else text

@@ -16,11 +16,10 @@ from qlora_launch.doctor import examine
 from qlora_launch.show_doctor import doctor_json, doctor_text
 from qlora_slurm import site_text
 from qlora_slurm.ask import read_site
-from qlora_slurm.case import Case
+from qlora_slurm.case import Case, duration
 from qlora_slurm.doctor import diagnose
 from qlora_slurm.site_facts import Site
 from qlora_slurm.site_profile import Profile
-from qlora_slurm.submission import clock
 from tests.unit.test_site_text import DATA, text
 from tests.unit.test_spec import GOOD
 
@@ -78,7 +77,7 @@ def test_what_the_configuration_lacks_is_unknown_and_not_guessed():
 
 
 def test_a_clock_is_written_as_a_config_has_it():
-    assert [clock(s) for s in (59, 3600, 90061)] == ["0:00:59", "1:00:00", "1-1:01:01"]
+    assert [duration(s) for s in (59, 3600, 90061)] == ["0:00:59", "1:00:00", "1-1:01:01"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_a_qos_that_is_not_named_or_cannot_be_read_is_not_guessed():
     assert "No QOS preempts urgent" in top.what
 
 
-def test_a_lead_that_is_too_short_is_made_up_for_by_the_jobs_own_clock():
+def test_a_lead_that_is_too_short_is_made_up_for_by_the_jobs_own_duration():
     finding = find(case(measured=SLOW, profile={"signal_lead_s": 50}), "time limit")
     assert finding.can_lose == 0
     assert finding.change == ("signal_lead_s: 68 in the profile",)
@@ -204,6 +203,15 @@ def test_a_lead_that_is_too_short_is_made_up_for_by_the_jobs_own_clock():
     finding = find(case(late, SLOW, profile={"signal_lead_s": 50}), "time limit")
     assert finding.can_lose == 0
     assert "OverTimeLimit=1 of partition low" in finding.decided_by
+
+
+def test_a_limit_before_the_first_save_is_known_promises_nothing():
+    finding = find(case(measured=SLOW, time="0:01:00", profile={"signal_lead_s": 1}), "time limit")
+    assert finding.can_lose > 0
+    assert "60 s is a short time" in finding.what
+    assert finding.change[-1] == "resources.time=0:03:00 or more"
+    longer = find(case(measured=SLOW, time="0:03:00", profile={"signal_lead_s": 1}), "time limit")
+    assert longer.can_lose == 0
 
 
 def test_a_signal_of_the_profile_s_own_is_not_judged():
