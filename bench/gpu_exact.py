@@ -166,7 +166,7 @@ def steps_a_second(spec, corpus, num_batches):
         torch.cuda.empty_cache()
     attention = attention_of(spec)
     base = load_base(spec, device=DEVICE, attention=attention)
-    model = add_adapter(base, spec.adapter, seed=0, device=DEVICE)
+    model = add_adapter(base, spec.adapter, seed=0, device=DEVICE, autocast=True)
     model.train()
     parameters = trainable(model)
     size = spec.batch.micro_size

@@ -25,6 +25,7 @@ from qlora_dist.shapes import shape_of_config
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import DTYPES, empty_base, fill_base
+from qlora_dist.train.lora import fuse
 from qlora_dist.train.nf4 import Nf4Linear
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
@@ -186,6 +187,9 @@ def main():
     strategy = Sharded(world)
     base = empty_base(spec, attention="sdpa", share=strategy.share)
     model = add_adapter(base.model, spec.adapter, seed=0, device=world.device)
+    if spec.model.dtype == "bf16":
+        # As a run does, which has autocast beside.
+        fuse(model)
     parameters = trainable(model)
     strategy.shard(base.model, parameters)
     fill_base(

@@ -3,7 +3,8 @@
 PEFT computes the adapter's part beside the base's and adds it: on the way there and back that reads
 and writes each activation several times more, and keeps copies of what the layer was given. Here
 the adapter's part is added where the base's product already lies, and only the input, shared by
-all layers that are given the same, is kept. A large quantised matrix is dequantised in slices.
+all layers that are given the same, is kept. A large quantised matrix is dequantised in slices. Runs
+in bf16 train so (qlora_dist.train.adapters).
 """
 
 import math

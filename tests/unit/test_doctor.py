@@ -76,7 +76,7 @@ def test_what_the_configuration_lacks_is_unknown_and_not_guessed():
     assert "KillWait=unknown" in finding.decided_by
 
 
-def test_a_clock_is_written_as_a_config_has_it():
+def test_a_duration_is_written_as_a_config_has_it():
     assert [duration(s) for s in (59, 3600, 90061)] == ["0:00:59", "1:00:00", "1-1:01:01"]
 
 
@@ -193,7 +193,7 @@ def test_a_qos_that_is_not_named_or_cannot_be_read_is_not_guessed():
     assert "No QOS preempts urgent" in top.what
 
 
-def test_a_lead_that_is_too_short_is_made_up_for_by_the_jobs_own_duration():
+def test_a_lead_that_is_too_short_is_made_up_for_by_the_jobs_own_clock():
     finding = find(case(measured=SLOW, profile={"signal_lead_s": 50}), "time limit")
     assert finding.can_lose == 0
     assert finding.change == ("signal_lead_s: 68 in the profile",)
