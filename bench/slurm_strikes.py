@@ -81,9 +81,11 @@ def ranks_frozen(at: Struck) -> Iterator[None]:
     pids = [at.rank_pid(rank) for rank in range(2)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    yield
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def minutes_run(at: Struck) -> int:

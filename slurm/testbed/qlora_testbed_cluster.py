@@ -155,8 +155,10 @@ class Testbed:
         """
         # slurmd too: with a new slurmctld alone, nodes stayed "unk" for a minute.
         self._daemons.end(["slurmctld", *self.settings.nodes])
-        yield
-        self._start()
+        try:
+            yield
+        finally:
+            self._start()
 
     def processes(self) -> list[JobProcess]:
         """Live processes of jobs, orphans included."""

@@ -152,11 +152,21 @@ def test_exit_codes_that_slurm_requeues_itself_are_foretold(doctor, testbed, cha
 def test_a_cluster_that_does_not_answer_is_one_message(doctor, make):
     other = make()
     other.up()
-    other.down()
-    done = doctor(other, code=1)
+    with other.controller_away():
+        done = doctor(other, code=1)
     assert done.stdout == ""
     # Whichever is first, scontrol's patience or ours.
     assert done.stderr.startswith("qlora: scontrol ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_cluster_that_was_taken_down_is_one_message(doctor, make):
+    other = make()
+    other.up()
+    other.down()
+    done = doctor(other, code=1)
+    assert done.stdout == ""
+    assert done.stderr.startswith("qlora: SLURM_CONF names ")
     assert done.stderr.count("\n") == 1
 
 
