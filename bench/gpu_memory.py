@@ -21,6 +21,7 @@ from random_base import fill_random, write_config_of
 
 from qlora_dist.data.tokens import Sample
 from qlora_dist.plan import Topology, attention_of, make_plan
+from qlora_dist.process import leave
 from qlora_dist.sizes import GIB
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
@@ -256,4 +257,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -24,6 +24,7 @@ import statistics, sys, time
 from pathlib import Path
 from qlora_dist.layout import RunDir
 from qlora_dist.plan import Topology
+from qlora_dist.process import leave
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import StopRequest
 from qlora_dist.train.pulse import Pulse
@@ -47,6 +48,7 @@ if place.rank == 0:
     for name, seconds in times.items():
         print(f"{name}|{statistics.median(seconds)}|{statistics.mean(seconds)}")
 world.stop()
+leave(0)
 """
 
 

@@ -9,7 +9,6 @@ and what the gathers of the steps brought in, beside what the plan says.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_dist.footprint import footprint
 from qlora_dist.plan import Topology
+from qlora_dist.process import leave
 from qlora_dist.shapes import shape_of_config
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
@@ -263,4 +263,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

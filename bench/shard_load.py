@@ -6,7 +6,6 @@ host memory of any rank. Imports and the process group are outside the time.
 
 import argparse
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - outside the time
 
 from qlora_dist.plan import Topology
+from qlora_dist.process import leave
 from qlora_dist.sizes import GIB
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.load import empty_base, fill_base
@@ -129,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,11 +1,14 @@
-"""Processes of this machine: telling one from another, and not outliving a parent. Linux only."""
+"""Processes of this machine: telling one from another, their ends. Linux only."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 # All that ask a run to save and end: from a user, a terminal that closes, or a scheduler.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -48,6 +51,21 @@ def start_ticks(pid: int) -> int | None:
     # The second field is a name in parentheses that may itself hold spaces and parentheses.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def leave(code: int) -> NoReturn:
+    """End the calling process at once, when all that it printed is written.
+
+    For processes that were in a process group. A thread of gloo lets go of its last tensors some
+    time after the collective has ended, and ``destroy_process_group`` does not wait for it while
+    anything refers to the group, as FSDP2 does. If the interpreter is going down by then, the
+    process aborts (pytorch/pytorch#190489), and a rank that did all its work is seen to fail.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # It may be a file on a disk that is full.
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def die_with_parent() -> None:

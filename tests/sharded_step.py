@@ -14,6 +14,7 @@ from random_base import fill_random
 from transformers import LlamaConfig
 
 from qlora_dist.plan import Topology, make_plan
+from qlora_dist.process import leave
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import empty_base
@@ -94,3 +95,4 @@ def main(tokens, vocabulary, recompute):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -15,6 +15,7 @@ from qlora_dist.checkpoints import storage_message
 from qlora_dist.code_tree import check_code
 from qlora_dist.errors import QLoRAError
 from qlora_dist.layout import RunDir
+from qlora_dist.process import leave
 from qlora_dist.ranks import register_rank
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
@@ -91,4 +92,4 @@ def _complain(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))
