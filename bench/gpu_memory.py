@@ -1,17 +1,20 @@
 """``make gpu-memory``: the plan's peak memory beside the measured one, over many configurations.
 
 Predictions are written first, and committed (``--predict`` writes bench/memory_predictions.json);
-measuring reads them. Each configuration is two optimizer steps of the longest batch, one of whose
-sequences is a token shorter so that padding needs its mask. Weights are random.
+measuring reads them. Each configuration is five optimizer steps of the longest batch, one of whose
+sequences is a token shorter so that padding needs its mask; the last three are timed. Weights are
+random.
 """
 
 import argparse
 import gc
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +128,7 @@ def plans(folder):
 
 
 def measure(row, world, folder):
-    """Peak bytes of two steps, the most of any rank, and what is held before them."""
+    """Peak bytes of some steps, what is held before them, and seconds of one; the most of a rank."""
     gc.collect()
     cuda = world.device.type == "cuda"
     spec = spec_of(row, folder)
@@ -149,7 +152,9 @@ def measure(row, world, folder):
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
         gradients.zero()
         rows = [[sample(spec.data.sequence_tokens - (i == 1))] for i in range(row[2])]
         batch = make_batch(rows, flat=False, pad_id=0, device=world.device)
@@ -160,9 +165,12 @@ def measure(row, world, folder):
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.3)
         optimizer.step()
         strategy.spread()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() if cuda else 1
-    found = world.gather([peak, weights])
-    return [int(max(column)) for column in zip(*found, strict=True)]
+    found = world.gather([peak, weights, statistics.median(seconds[2:])])
+    return [max(column) for column in zip(*found, strict=True)]
 
 
 def sample(length):
@@ -200,18 +208,20 @@ def lines_of(rows, size):
 
 def table(rows):
     """Print what was predicted and what was measured; returns whether all is within the goal."""
-    print("\nconfiguration, peak of torch's allocator    weights GiB  measured  predicted  off by")
+    print("\ntokens/s of a GPU, and GiB: of weights, and the peak of torch's allocator")
+    print(f"{'configuration':<66}  tokens/s  weights  measured  predicted  off by")
     good, missing = True, {name_of(row): row for row in rows}
     for size in (1, 2):
         own = [row for row in rows if (row[1] == "single") == (size == 1)]
         # One that does not fit ends its processes: the rest gets new ones.
         while own:
-            for name, peak, weights in lines_of(own, size):
-                off = predicted(missing.pop(name)) / peak - 1
+            for name, peak, weights, seconds in lines_of(own, size):
+                row = missing.pop(name)
+                off, speed = predicted(row) / peak - 1, row[2] * row[3] / seconds
                 good &= -0.02 <= off <= 0.05
                 print(
-                    f"{name:<66}  {weights / GIB:>6.2f}  {peak / GIB:>8.2f}  "
-                    f"{peak * (1 + off) / GIB:>8.2f}  {off:>+7.1%}",
+                    f"{name:<66}  {speed:>8,.0f}  {weights / GIB:>7.2f}  {peak / GIB:>8.2f}  "
+                    f"{peak * (1 + off) / GIB:>9.2f}  {off:>+6.1%}",
                     flush=True,
                 )
             own = [row for row in own if name_of(row) in missing]

@@ -45,6 +45,8 @@ def moments(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Moment
     """
     batch = _Sizes(spec, shape, spec.batch.micro_size, attention)
     found = [_start(batch), _loss(batch), _last_norm(batch), _backward(batch)]
+    if attention == "eager":
+        found.append(_scores(batch))
     if spec.data.validation_rows:
         found.append(_evaluation(_Sizes(spec, shape, spec.evaluation.micro_size, attention)))
     return tuple(found)
@@ -59,7 +61,8 @@ class _Sizes:
         tokens: Of all of them.
         hidden: Bytes of one ``(tokens, hidden)`` tensor.
         inner: Bytes of one ``(tokens, intermediate)`` tensor.
-        fused: Whether a frozen matrix and its adapter are one product (qlora_dist.train.adapters).
+        fused: Whether a frozen matrix and its adapter are one product, and a norm and a gate one
+            function each (qlora_dist.train.lora, pointwise).
     """
 
     def __init__(self, spec: RunSpec, shape: ModelShape, rows: int, attention: str) -> None:
@@ -82,14 +85,20 @@ class _Sizes:
         why = f"{self.tokens:,} tokens x {self.shape.vocab_size:,} x {num_bytes} bytes"
         return Component("logits", size * num_bytes, why)
 
+    def adapter_gradients(self, rows: int, cols: int) -> int:
+        """Bytes of the gradients of an adapter's two matrices, before they are added up."""
+        stored = 4 if self.spec.adapter.dtype == "fp32" else 2
+        return self.spec.adapter.r * (rows + cols) * stored
+
     def workspace(self) -> int:
         """Bytes that the largest product needs beside its operands, in its backward pass."""
         return max(self._workspace(*sizes) for sizes in self.shape.linears.values())
 
     def _workspace(self, rows: int, cols: int) -> int:
-        # Of the adapter's two matrices: in the dtype of the computation, and their gradients.
-        stored = 4 if self.spec.adapter.dtype == "fp32" else 2
-        adapter = self.spec.adapter.r * (rows + cols) * (2 * self.b + stored)
+        adapter = self.adapter_gradients(rows, cols)
+        if not self.fused:
+            # And both of its matrices, and these, in the dtype of the computation.
+            adapter += 2 * self.spec.adapter.r * (rows + cols) * self.b
         if not isinstance(self.spec.quantization, Nf4Quantization):
             return adapter
         slices = dequantised_slices(rows, cols, self.b) if self.fused else 1
@@ -110,20 +119,23 @@ def _start(at: _Sizes) -> Moment:
 
 def _loss(at: _Sizes) -> Moment:
     """The loss's gradient: all that the layers keep, and three tensors over the vocabulary."""
-    # The last norm keeps its input in fp32. Of the vocabulary: log-probabilities and the gradients
-    # before and behind them, in fp32.
-    norm = at.tokens * at.shape.hidden_size * 4
+    # The last norm keeps its input. Of the vocabulary: log-probabilities and the gradients before
+    # and behind them, in fp32.
+    norm = at.tokens * _norm_bytes(at, at.shape.hidden_size)
     kept, why = _kept(at)
     components = (Component("activations", kept + norm, why), at.logits(3 * 4))
     return Moment("the loss's gradient", components, gathered_layers=0)
 
 
 def _last_norm(at: _Sizes) -> Moment:
-    """The last norm's backward pass: its input, its gradient and what leads to it, all in fp32."""
+    """The last norm's backward pass: its input, the gradient that it is given, and two more."""
     kept, why = _kept(at)
+    # The loss's is that of the head's input, and of it cast.
+    count, size, how = (4, at.b, "") if at.fused else (6, 4, ", in fp32")
+    passing = count * size * at.tokens * at.shape.hidden_size
     components = (
         Component("activations", kept, why),
-        Component("passing", 6 * at.tokens * at.shape.hidden_size * 4, "a norm's, in fp32"),
+        Component("passing", passing, f"a norm's{how}"),
     )
     return Moment("the last norm's backward pass", components, gathered_layers=0)
 
@@ -131,21 +143,47 @@ def _last_norm(at: _Sizes) -> Moment:
 def _backward(at: _Sizes) -> Moment:
     """The last layer's backward pass, with all that the layers before it keep."""
     kept, why = _kept(at)
-    workspace = at.workspace()
     if at.spec.model.gradient_checkpointing:
-        # The two residuals, the gradient of all of it and of the MLP's last product; with it that
-        # product's matrix, or its input with dropout, there and back. Further down: gradients.
-        masked = 2 * at.inner if at.spec.adapter.dropout > 0 else 0
-        passing = 4 * at.hidden + max(workspace, masked, 3 * at.hidden)
-        kept += layer_activation_bytes(at)
+        # The first norm is given the layer's input.
+        kept += layer_activation_bytes(at) - at.fused * at.hidden
         why += f" and one whole layer of {at.tokens:,} tokens"
-    else:
-        passing = workspace + 4 * at.hidden
     components = (
         Component("activations", kept, why),
-        Component("passing", passing, "a dequantised matrix, or gradients on their way"),
+        Component("passing", _passing(at), "a dequantised matrix, or gradients on their way"),
     )
     return Moment("the last layer's backward pass", components, gathered_layers=2)
+
+
+def _passing(at: _Sizes) -> int:
+    """Bytes that pass through the layer's MLP on the way back, the most at once."""
+    workspace, dropout = at.workspace(), at.spec.adapter.dropout > 0
+    if at.fused:
+        # The layer's gradient, and that of the last product's input, made slice by slice or, with
+        # dropout, in three steps; then, that input let go, the gate's two gradients.
+        dropped = 2 * at.inner + at.adapter_gradients(*at.shape.linears["down_proj"])
+        product = at.inner + max(workspace, dropped if dropout else 0)
+        return at.hidden + max(product, 2 * at.inner)
+    if not at.spec.model.gradient_checkpointing:
+        return workspace + 4 * at.hidden
+    # The two residuals, the gradient of all of it and of the MLP's last product; with it that
+    # product's matrix, or its input with dropout, there and back. Further down: gradients.
+    return 4 * at.hidden + max(workspace, 2 * at.inner if dropout else 0, 3 * at.hidden)
+
+
+def _scores(at: _Sizes) -> Moment:
+    """Eager attention's backward pass: the softmax's two gradients, both in fp32."""
+    kept, why = _kept(at)
+    if at.spec.model.gradient_checkpointing:
+        kept += layer_activation_bytes(at)
+        why += f" and one whole layer of {at.tokens:,} tokens"
+    # The MLP's part of the layer is let go by then, and what the product with the values kept.
+    kept -= (3 if at.fused else 4) * at.inner + 2 * at.hidden
+    scores = at.rows * at.shape.num_heads * at.seq**2 * (4 + 4 - at.b)
+    components = (
+        Component("activations", kept, why),
+        Component("passing", scores + at.hidden, "gradients of the scores and their softmax"),
+    )
+    return Moment("eager attention's backward pass", components, gathered_layers=2)
 
 
 def _evaluation(at: _Sizes) -> Moment:
@@ -185,10 +223,10 @@ def layer_activation_bytes(at: _Sizes) -> int:
     hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     targets = set(layer_targets(spec, shape))
-    norms = 2 * 4 * hidden  # both keep their input in fp32
+    norms = 2 * _norm_bytes(at, hidden)
     if shape.qk_norm:
-        norms += 4 * (query + key_value)
-    mlp = b * 3 * inner  # gate, silu(gate), up
+        norms += _norm_bytes(at, query + key_value)
+    mlp = b * (2 if at.fused else 3) * inner  # gate, up, and transformers' silu(gate)
 
     def adapter_inputs(width: int, names: set[str], *, kept: bool = False) -> int:
         fed = len(names & targets)
@@ -206,6 +244,11 @@ def layer_activation_bytes(at: _Sizes) -> int:
     )
     a_token = norms + mlp + inputs + b * r * len(targets)
     return at.tokens * a_token + _attention_bytes(at, query, key_value)
+
+
+def _norm_bytes(at: _Sizes, width: int) -> int:
+    """Bytes that a norm keeps of a token: its input, which transformers' has in fp32."""
+    return (at.b if at.fused else 4) * width
 
 
 def _attention_bytes(at: _Sizes, query: int, key_value: int) -> int:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_dist.memory import WORKSPACE_BYTES
 from qlora_dist.sizes import NF4_BLOCK
-from qlora_dist.train import adapters
+from qlora_dist.train import adapters, pointwise
 from qlora_dist.train.batch import Batch
 from qlora_dist.train.load import DTYPES, empty_base, put_whole
 from qlora_dist.train.nf4 import Nf4Tensor
@@ -98,13 +98,31 @@ def step_bytes(spec, *, attention):
 
 
 @contextmanager
+def kernels_without_memory() -> Iterator[None]:
+    """What is one kernel on a GPU has its results here, without their values, and nothing else."""
+
+    def like(*tensors):
+        return tuple(torch.empty_like(tensor) for tensor in tensors)
+
+    def normalised(x, _):
+        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pointwise, "normalised", normalised)
+        patch.setattr(pointwise, "normalised_backward", lambda _, x, __: torch.empty_like(x))
+        patch.setattr(pointwise, "gated", lambda gate, _: torch.empty_like(gate))
+        patch.setattr(pointwise, "gated_backward", lambda _, gate, up: like(gate, up))
+        yield
+
+
+@contextmanager
 def as_on_a_gpu(*, autocast: bool) -> Iterator[None]:
-    """Dropout keeps a mask of bytes, and autocast is the kind that PEFT asks for."""
+    """Dropout keeps a mask of bytes, autocast is CUDA's, kernels take no memory of their own."""
 
     def dropout(x, p=0.5, training=True, inplace=False):
         return torch.native_dropout(x, p, training)[0] if training and p else x
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, kernels_without_memory():
         patch.setattr(torch.nn.functional, "dropout", dropout)
         if autocast:
             # Without a device it asks for CUDA's.

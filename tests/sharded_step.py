@@ -21,7 +21,7 @@ from qlora_dist.train.load import empty_base
 from qlora_dist.train.place import Place
 from qlora_dist.train.strategy import Gradients, Sharded
 from qlora_dist.train.world import World
-from tests.fake_step import Held, forward_and_backward
+from tests.fake_step import Held, forward_and_backward, kernels_without_memory
 
 # Bytes that a GPU has beside what is counted here.
 NOT_COUNTED = ("workspaces",)
@@ -58,7 +58,7 @@ def make_spec(folder, *, tokens, vocabulary, recompute):
 def count(spec, world):
     """Bytes of all tensors before a step, and the most that there were at once in it."""
     device, strategy = world.device, Sharded(world)
-    with Held() as held:
+    with Held() as held, kernels_without_memory():
         base = empty_base(spec, attention="sdpa", share=strategy.share)
         model = add_adapter(base.model, spec.adapter, seed=0, device=device, autocast=True).train()
         parameters = trainable(model)

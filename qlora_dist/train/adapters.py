@@ -9,8 +9,8 @@ from torch import nn
 
 from qlora_dist.errors import ModelError
 from qlora_dist.spec import LoraAdapter
+from qlora_dist.train import lora, pointwise
 from qlora_dist.train.load import DTYPES, linear_layers
-from qlora_dist.train.lora import fuse
 
 
 def target_modules(base: nn.Module, adapter: LoraAdapter) -> list[str]:
@@ -45,9 +45,10 @@ def add_adapter(
         seed: Of its start.
         device: Where its weights go.
         autocast: Whether forward passes will run under autocast, in bf16. It casts what a product
-            needs: PEFT's own casts to the dtype of the weights would only be undone. And products
-            are then ours (qlora_dist.train.lora). In float32 all is PEFT's own, and training is
-            that of a plain loop over PEFT, rounding for rounding.
+            needs: PEFT's own casts to the dtype of the weights would only be undone. Products, and
+            what is between them, are then ours (qlora_dist.train.lora and pointwise). In float32
+            all is PEFT's own, and training is that of a plain loop over PEFT, rounding for
+            rounding.
 
     Returns:
         A ``PeftModel`` whose only trainable parameters are the adapter's, in ``adapter.dtype``.
@@ -85,7 +86,8 @@ def add_adapter(
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False
-        fuse(model)
+        lora.fuse(model)
+        pointwise.fuse(model)
     return model
 
 

@@ -44,20 +44,25 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     (name,) = self.active_adapters
-    dropout = self.lora_dropout[name]
-    result = _Product.apply(  # type: ignore[no-untyped-call]
+    dropout, layer = self.lora_dropout[name], self.get_base_layer()
+    h, a, b = _Inner.apply(  # type: ignore[no-untyped-call]
         x,
         self.lora_A[name].weight,
         self.lora_B[name].weight,
-        self.get_base_layer(),
-        self.scaling[name],
+        _dtype_of(layer),
         dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
     )
+    result = _Product.apply(x, h, a, b, layer, self.scaling[name])  # type: ignore[no-untyped-call]
     return result
 
 
-class _Product(torch.autograd.Function):
-    """``x @ W.T + bias + scaling * (dropout(x) @ A.T) @ B.T``."""
+class _Inner(torch.autograd.Function):
+    """``h = dropout(x) @ A.T``, and all that the whole product keeps for its backward pass.
+
+    A function's tensors are kept when it has run. When activations are recomputed, that ends with
+    the last tensor that a layer keeps: it is kept here, and the layer's last large product is not
+    computed again.
+    """
 
     @staticmethod
     def forward(
@@ -65,36 +70,58 @@ class _Product(torch.autograd.Function):
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        layer: nn.Linear,
-        scaling: float,
+        dtype: torch.dtype,
         p: float,
-    ) -> torch.Tensor:
-        dtype = _dtype_of(layer)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
-            y = _times(flat, layer)
             dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
             h = dropped @ a.to(dtype).T
-            y.addmm_(h, b.to(dtype).T, alpha=scaling)
-        # Not the matrix: under FSDP2 its memory is given back, and the layer has it again later.
-        ctx.layer, ctx.scaling, ctx.p = layer, scaling, p
+        ctx.p = p
         ctx.save_for_backward(x, h, mask, a, b)
+        ctx.mark_non_differentiable(h)
+        return h, a.view_as(a), b.view_as(b)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad_a: torch.Tensor, grad_b: torch.Tensor) -> Any:
+        # The product has made them of what is kept here.
+        return None, grad_a, grad_b, None, None
+
+
+class _Product(torch.autograd.Function):
+    """``x @ W.T + bias + scaling * h @ B.T``, of what :class:`_Inner` returns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        layer: nn.Linear,
+        scaling: float,
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = _times(x.to(h.dtype).reshape(-1, x.shape[-1]), layer)
+            y.addmm_(h, b.to(h.dtype).T, alpha=scaling)
+        # Not the matrix: under FSDP2 its memory is given back, and the layer has it again later.
+        ctx.inner, ctx.layer, ctx.scaling = a.grad_fn, layer, scaling
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, h, mask, a, b = ctx.saved_tensors
-        dtype, layer, scaling = h.dtype, ctx.layer, ctx.scaling
+        x, h, mask, a, b = ctx.inner.saved_tensors
+        dtype, layer, scaling, p = h.dtype, ctx.layer, ctx.scaling, ctx.inner.p
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             g = grad.to(dtype).reshape(-1, grad.shape[-1])
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 grad_b = (g.T @ h).mul_(scaling).to(b.dtype)
             grad_h = (g @ b.to(dtype)).mul_(scaling)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 flat = x.to(dtype).reshape(-1, x.shape[-1])
                 if mask is not None:
-                    flat = _DROPPED(flat, mask, 1 / (1 - ctx.p))
+                    flat = _DROPPED(flat, mask, 1 / (1 - p))
                 grad_a = (grad_h.T @ flat).to(a.dtype)
                 del flat
             if ctx.needs_input_grad[0]:
@@ -103,9 +130,9 @@ class _Product(torch.autograd.Function):
                     grad_x.addmm_(grad_h, a.to(dtype))
                 else:
                     own = grad_h @ a.to(dtype)
-                    grad_x += _DROPPED(own, mask, 1 / (1 - ctx.p))
+                    grad_x += _DROPPED(own, mask, 1 / (1 - p))
                 grad_x = grad_x.view(x.shape).to(x.dtype)
-        return grad_x, grad_a, grad_b, None, None, None
+        return grad_x, None, grad_a, grad_b, None, None
 
 
 def _dtype_of(layer: nn.Linear) -> torch.dtype:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -165,7 +164,7 @@ class Sharded:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._mesh = init_device_mesh(world.device.type, (world.size,))
+        self._mesh = world.mesh()
         self.share = Share(world.rank, world.size)
         self._parts: list[torch.Tensor] = []
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -27,6 +28,10 @@ from qlora_dist.train.pulse import Pulse
 # From finding that nothing moves to the end of the ranks, in which no collective may give up.
 _TIME_TO_LOOK_S = 120
 _BEAT_S = 2.0
+# Blocks of a GPU that gather the next layer beside this one's products. A gather waits for the
+# slowest rank with its blocks taken: NCCL's choice, 24 on an H100, slows the products down that it
+# should hide behind. The environment's NCCL_MAX_CTAS goes before this.
+_GATHER_BLOCKS = 4
 # Rank 0 is given up on after this long without a beat: its machine is gone, or the network.
 _SILENCE_S = 120.0
 
@@ -108,6 +113,23 @@ class World:
             return self
         group = dist.new_group(backend="gloo", timeout=self._timeout)
         return replace(self, pulse=Pulse(), _control=group)
+
+    def mesh(self) -> DeviceMesh:
+        """All processes, over a group of their own for what is gathered beside computing.
+
+        All ranks call this together.
+        """
+        if self.device.type != "cuda":
+            return init_device_mesh(self.device.type, (self.size,))
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        options.config.max_ctas = _GATHER_BLOCKS
+        return init_device_mesh(
+            "cuda",
+            (self.size,),
+            mesh_dim_names=("gather",),
+            backend_override={0: ("nccl", options)},
+        )
 
     def stop(self) -> None:
         """Leave the other processes."""

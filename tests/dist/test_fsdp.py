@@ -58,7 +58,7 @@ def test_the_comparison_sees_one_bit():
         ("64", "8192", "yes", "the first layer's gather"),
         ("1024", "8192", "yes", "the loss's gradient"),
         ("1024", "512", "yes", "the last layer's backward pass"),
-        ("1024", "512", "no", "the last norm's backward pass"),
+        ("1024", "512", "no", "the last layer's backward pass"),
     ],
 )
 def test_the_predicted_peak_is_that_of_a_sharded_step(tokens, vocabulary, recompute, moment):

@@ -5,6 +5,7 @@ import torch
 
 from qlora_dist import sizes
 from qlora_dist.spec_file import spec_from_tree
+from qlora_dist.train import lora
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import load_base
 from qlora_dist.train.lora import block_ranges, fuse
@@ -120,6 +121,27 @@ def test_gradients_with_dropout_are_those_of_the_formula(tiny_model):
     wanted.square().sum().backward()
     for got, leaf in zip(ours, leaves, strict=True):
         torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_recomputation_ends_before_a_layers_last_large_product(tiny_model, monkeypatch):
+    changes = {"source": str(tiny_model), "dtype": "fp32"}
+    kept = step(load(tiny_model, model=changes))
+    model = load(tiny_model, model={**changes, "gradient_checkpointing": True})
+    names = {id(m): n.rpartition(".")[2] for n, m in model.named_modules() if "base_layer" not in n}
+    owners = {id(m.base_layer): names[id(m)] for m in model.modules() if hasattr(m, "base_layer")}
+    done = []
+    times = lora._times
+    monkeypatch.setattr(
+        lora, "_times", lambda x, layer: done.append(owners[id(layer)]) or times(x, layer)
+    )
+    recomputed = step(model)
+    layers = len(model.base_model.model.model.layers)
+    assert {name: done.count(name) for name in done} == {
+        name: layers * (1 if name == "down_proj" else 2) for name in set(owners.values())
+    }
+    # The same products of the same numbers, made twice.
+    assert torch.equal(recomputed[0], kept[0])
+    assert all(torch.equal(grad, kept[1][name]) for name, grad in recomputed[1].items())
 
 
 def test_in_evaluation_pefts_own_code_runs(tiny_model):
