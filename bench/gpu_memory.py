@@ -128,7 +128,7 @@ def plans(folder):
 
 
 def measure(row, world, folder):
-    """Peak bytes of some steps, what is held before them, and seconds of one; the most of a rank."""
+    """Peak bytes of steps, what is held before them, and seconds of one; the most of a rank."""
     gc.collect()
     cuda = world.device.type == "cuda"
     spec = spec_of(row, folder)

@@ -12,15 +12,13 @@ from itertools import pairwise
 from types import MethodType
 from typing import Any
 
-import bitsandbytes
 import torch
-from bitsandbytes import functional
-from bitsandbytes.functional import QuantState
 from torch import nn
 
-from qlora_dist.sizes import NF4_BLOCK, dequantised_slices
+from qlora_dist.sizes import NESTED_BLOCK, NF4_BLOCK, dequantised_slices
 from qlora_dist.train.nf4 import Nf4Linear, Nf4Tensor
 
+_BITSANDBYTES = torch.ops.bitsandbytes
 _DROPPED = torch.ops.aten.native_dropout_backward
 
 
@@ -73,13 +71,14 @@ class _Inner(torch.autograd.Function):
         dtype: torch.dtype,
         p: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.to(dtype).reshape(-1, x.shape[-1])
-            dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
-            h = dropped @ a.to(dtype).T
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
+        dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
+        h = dropped @ a.to(dtype).T
         ctx.p = p
         ctx.save_for_backward(x, h, mask, a, b)
         ctx.mark_non_differentiable(h)
+        # Only two of the outputs have gradients, those that the product gives.
+        ctx.set_materialize_grads(False)
         return h, a.view_as(a), b.view_as(b)
 
     @staticmethod
@@ -101,9 +100,8 @@ class _Product(torch.autograd.Function):
         layer: nn.Linear,
         scaling: float,
     ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = _times(x.to(h.dtype).reshape(-1, x.shape[-1]), layer)
-            y.addmm_(h, b.to(h.dtype).T, alpha=scaling)
+        y = _times(x.to(h.dtype).reshape(-1, x.shape[-1]), layer)
+        y.addmm_(h, b.to(h.dtype).T, alpha=scaling)
         # Not the matrix: under FSDP2 its memory is given back, and the layer has it again later.
         ctx.inner, ctx.layer, ctx.scaling = a.grad_fn, layer, scaling
         return y.view(*x.shape[:-1], -1).to(x.dtype)
@@ -113,25 +111,24 @@ class _Product(torch.autograd.Function):
         x, h, mask, a, b = ctx.inner.saved_tensors
         dtype, layer, scaling, p = h.dtype, ctx.layer, ctx.scaling, ctx.inner.p
         grad_x = grad_a = grad_b = None
-        with torch.autocast(x.device.type, enabled=False):
-            g = grad.to(dtype).reshape(-1, grad.shape[-1])
-            if ctx.needs_input_grad[3]:
-                grad_b = (g.T @ h).mul_(scaling).to(b.dtype)
-            grad_h = (g @ b.to(dtype)).mul_(scaling)
-            if ctx.needs_input_grad[2]:
-                flat = x.to(dtype).reshape(-1, x.shape[-1])
-                if mask is not None:
-                    flat = _DROPPED(flat, mask, 1 / (1 - p))
-                grad_a = (grad_h.T @ flat).to(a.dtype)
-                del flat
-            if ctx.needs_input_grad[0]:
-                grad_x = _times_transposed(g, layer)
-                if mask is None:
-                    grad_x.addmm_(grad_h, a.to(dtype))
-                else:
-                    own = grad_h @ a.to(dtype)
-                    grad_x += _DROPPED(own, mask, 1 / (1 - p))
-                grad_x = grad_x.view(x.shape).to(x.dtype)
+        g = grad.to(dtype).reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[3]:
+            grad_b = (g.T @ h).mul_(scaling).to(b.dtype)
+        grad_h = (g @ b.to(dtype)).mul_(scaling)
+        if ctx.needs_input_grad[2]:
+            flat = x.to(dtype).reshape(-1, x.shape[-1])
+            if mask is not None:
+                flat = _DROPPED(flat, mask, 1 / (1 - p))
+            grad_a = (grad_h.T @ flat).to(a.dtype)
+            del flat
+        if ctx.needs_input_grad[0]:
+            grad_x = _times_transposed(g, layer)
+            if mask is None:
+                grad_x.addmm_(grad_h, a.to(dtype))
+            else:
+                own = grad_h @ a.to(dtype)
+                grad_x += _DROPPED(own, mask, 1 / (1 - p))
+            grad_x = grad_x.view(x.shape).to(x.dtype)
         return grad_x, None, grad_a, grad_b, None, None
 
 
@@ -151,13 +148,10 @@ def _times(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return nn.functional.linear(x, layer.weight, bias)
     weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
     rows, width = layer.out_features, layer.in_features
-    parts = dequantised_slices(rows, width, x.element_size())
+    parts, absmax = dequantised_slices(rows, width, x.element_size()), _absmax(weight)
     if parts == 1:
-        y: torch.Tensor = bitsandbytes.matmul_4bit(
-            x, weight.flat(), bias=bias, quant_state=weight.state()
-        )
-        return y
-    y, absmax = x.new_empty(len(x), rows), _absmax(weight)
+        return nn.functional.linear(x, _dequantised(weight.packed[:rows], absmax, x.dtype), bias)
+    y = x.new_empty(len(x), rows)
     for begin, end in block_ranges(rows, parts):
         part = _dequantised(weight.packed[begin:end], absmax[begin:end], x.dtype)
         torch.mm(x, part.T, out=y[:, begin:end])
@@ -192,13 +186,19 @@ def _times_transposed(g: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     return grad
 
 
+# bitsandbytes' operators, without the Python around them: hundreds of calls a layer would take the
+# host longer than the products take an H100.
 def _absmax(weight: Nf4Tensor) -> torch.Tensor:
     """The blocks' constants as numbers, float32 of shape ``(out, in / 64)``."""
-    state = weight.state()
-    found = state.absmax
-    if state.nested:
-        found = functional.dequantize_blockwise(found, state.state2) + state.offset
-    return found.view(state.shape[0], -1)
+    constants = weight.constants
+    assert constants is not None
+    rows, nested = constants.shape[0], constants.nested
+    if nested is None:
+        return weight.absmax[:rows].view(torch.float32)
+    found: torch.Tensor = _BITSANDBYTES.dequantize_blockwise(
+        weight.absmax[:rows], nested.absmax, nested.code, NESTED_BLOCK, torch.float32
+    )
+    return found.add_(nested.offset)
 
 
 def _dequantised(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -209,14 +209,11 @@ def _dequantised(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype)
         absmax: float32 of shape ``(n, m / 64)``, contiguous.
         dtype: What it is to be.
     """
-    state = QuantState(
-        absmax=absmax.reshape(-1),
-        shape=torch.Size((packed.shape[0], 2 * packed.shape[1])),
-        dtype=dtype,
-        blocksize=NF4_BLOCK,
-        quant_type="nf4",
+    shape = (packed.shape[0], 2 * packed.shape[1])
+    found: torch.Tensor = _BITSANDBYTES.dequantize_4bit(
+        packed, absmax, NF4_BLOCK, "nf4", shape, dtype
     )
-    return functional.dequantize_4bit(packed.view(-1, 1), state)
+    return found
 
 
 def block_ranges(count: int, parts: int) -> list[tuple[int, int]]:

@@ -114,5 +114,7 @@ def rotated(
         heads, seq, *x.stride()[:3], *out.stride()[:3],
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         BACK=back, HALF=half, PADDED=triton.next_power_of_2(half), HEADS=_HEADS,
+        # Else product and sum become one operation of bf16, rounded once.
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
