@@ -14,7 +14,7 @@ PYTHON ?= python3
 READY :=
 endif
 
-.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-shard gpu-memory gpu-65b gpu-test slurm-testbed \
+.PHONY: setup check format test docs demo fidelity faults bench-data bench-overhead gpu-line gpu-exact gpu-shard gpu-memory gpu-profile gpu-65b gpu-test slurm-testbed \
 	slurm-testbed-down slurm-faults slurm-losses test-matrix clean
 
 setup: $(VENV)/.ready
@@ -88,6 +88,10 @@ gpu-shard:
 gpu-memory:
 	$(PYTHON) tools/need.py gpu
 	$(PYTHON) bench/gpu_memory.py $(ARGS)
+
+gpu-profile:
+	$(PYTHON) tools/need.py gpu
+	$(PYTHON) bench/gpu_profile.py $(ARGS)
 
 gpu-65b:
 	$(PYTHON) tools/need.py gpu

@@ -127,44 +127,54 @@ def plans(folder):
     return {name: [memory.peak_bytes, memory.moment] for name, memory in memories.items()}
 
 
-def measure(row, world, folder):
-    """Peak bytes of steps, what is held before them, and seconds of one; the most of a rank."""
-    gc.collect()
-    cuda = world.device.type == "cuda"
-    spec = spec_of(row, folder)
+def ready(row, world, folder):
+    """A configuration's model, made: bytes of its weights, and a function that does a step."""
+    spec, device = spec_of(row, folder), world.device
     if world.rank == 0:
         write_config_of(row[0], folder / row[0])
     world.barrier()
     strategy = STRATEGIES[spec.strategy.kind](world)
     attention = attention_of(spec)
     base = empty_base(spec, attention=attention, share=strategy.share)
-    model = add_adapter(base.model, spec.adapter, seed=0, device=world.device, autocast=True)
+    model = add_adapter(base.model, spec.adapter, seed=0, device=device, autocast=True)
     model.train()
     parameters = trainable(model)
     strategy.shard(base.model, parameters)
-    fill_random(base, spec, device=world.device, put=strategy.put, share=strategy.share)
+    fill_random(base, spec, device=device, put=strategy.put, share=strategy.share)
     weights = 0
-    if cuda:
+    if device.type == "cuda":
         weights = torch.cuda.memory_allocated() - sum(p.nbytes for p in parameters.values())
     gradients = Gradients(parameters)
     optimizer = make_optimizer(spec.optimizer, strategy.owned(parameters))
     strategy.prepare(parameters)
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
+
+    def step():
         gradients.zero()
         rows = [[sample(spec.data.sequence_tokens - (i == 1))] for i in range(row[2])]
-        batch = make_batch(rows, flat=False, pad_id=0, device=world.device)
-        with torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False):
+        batch = make_batch(rows, flat=False, pad_id=0, device=device)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             loss = summed_loss(model, batch) / 1000
         loss.backward()
         strategy.reduce(gradients)
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.3)
         optimizer.step()
         strategy.spread()
+
+    return weights, step
+
+
+def measure(row, world, folder):
+    """Peak bytes of steps, what is held before them, and seconds of one; the most of a rank."""
+    gc.collect()
+    cuda = world.device.type == "cuda"
+    weights, step = ready(row, world, folder)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        step()
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)

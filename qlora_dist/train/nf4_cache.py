@@ -32,6 +32,7 @@ from qlora_dist.files import (
     fsync_file,
     refuse_foreign,
     remove_tree,
+    sha256_file,
     write_json,
 )
 from qlora_dist.sizes import GIB, NESTED_BLOCK, NF4_BLOCK
@@ -211,6 +212,20 @@ def set_aside(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         remove_tree(aside)
+
+
+def damaged_file(path: Path, *, on_chunk: Callable[[], None] = lambda: None) -> Path | None:
+    """The first file of a cache whose bytes are not those that were written; all are read.
+
+    Args:
+        path: The cache.
+        on_chunk: Called between pieces; what it raises ends the search.
+    """
+    for name, entry in read_manifest(path)["files"].items():
+        written = entry["sha256"]
+        if written is not None and sha256_file(path / name, on_chunk=on_chunk) != written:
+            return path / name
+    return None
 
 
 def wrong_sum(path: Path, sums: Mapping[str, int]) -> str:

@@ -1,5 +1,6 @@
 """The base's weights onto all processes of a run, from its files or from a cache in NF4."""
 
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def load_weights(
     if world.any(bool(local_dir)):
         folder = _open_cache(spec, world, stop, log, name="quantising the base")
         copy = _near(folder, local_dir, world, stop, check_stop, log)
-        if _read_copy(copy, folder, check, world, log):
+        if _read_copy(copy, folder, check, world, stop, check_stop, log):
             return
     for attempt in range(2):
         folder = _open_cache(spec, world, stop, log, name=f"quantising the base {attempt}")
@@ -105,7 +106,13 @@ def _usable(local_dir: str, log: RunLog) -> str:
 
 
 def _read_copy(
-    copy: Path, folder: Path, check: Callable[[Path], str], world: World, log: RunLog
+    copy: Path,
+    folder: Path,
+    check: Callable[[Path], str],
+    world: World,
+    stop: StopRequest,
+    check_stop: Callable[[], None],
+    log: RunLog,
 ) -> bool:
     """Read this node's copy of a cache; whether the bytes of all nodes' are right."""
     try:
@@ -117,9 +124,22 @@ def _read_copy(
         raise QLoRAError(f"{error}; this node's copy of the base is removed") from error
     if not problem:
         return True
-    if copy != folder and world.local_rank == 0:
+
+    def work(check: Callable[[], None]) -> str:
+        # The sums are of all nodes' parts together: each looks at the whole of its own.
+        try:
+            damaged = None if copy == folder else nf4_cache.damaged_file(copy, on_chunk=check)
+        except Preempted:
+            return ""
+        if damaged is None:
+            return ""
         nf4_cache.set_aside(copy)
+        return f"{damaged} changed after it was written, on {socket.gethostname()}: removed"
+
     log.say(f"model: {problem}; reading {folder}")
+    found = world.first_text(world.on_each_node("looking for the damaged copy", work, stop.here))
+    check_stop()
+    log.say(f"model: {found or 'no copy is damaged where it lies'}")
     return False
 
 

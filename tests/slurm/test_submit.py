@@ -208,3 +208,31 @@ def test_a_drill_has_slurm_requeue_a_run_and_sees_it_come_back(slurm, tmp_path):
     assert "scontrol requeue" in done.stdout
     assert "requeue: the run came back exactly: 2 attempts, 0 steps taken again" in done.stdout
     assert "resumed after step 1" in done.stdout
+
+
+@pytest.mark.matrix
+def test_of_the_nodes_copies_of_a_base_only_the_damaged_one_is_removed(slurm, tmp_path):
+    changes = {
+        "site": {"local_dir": f"{tmp_path}/node-$SLURM_NODEID"},
+        "quantization": {"kind": "nf4", "cache_dir": str(tmp_path / "nf4")},
+        "strategy__kind": "fsdp",
+    }
+    first, _ = slurm("first", **changes)
+    wait_until(lambda: state(first) == "done")
+    copies = [next((tmp_path / f"node-{node}").iterdir()) for node in (0, 1)]
+    files = [next(copy.glob("*.safetensors")) for copy in copies]
+    inodes = [file.stat().st_ino for file in files]
+    with files[1].open("r+b") as file:
+        # In the second half of the last matrix's rows, which the second node reads.
+        file.seek(files[1].stat().st_size - 100)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    second, _ = slurm("second", **changes)
+    wait_until(lambda: state(second) == "done")
+    log = second.run_log(newest_attempt(second)).read_text()
+    assert f"{files[1]} changed after it was written, on" in log
+    assert "quantising again" not in log
+    assert files[0].stat().st_ino == inodes[0]
+    assert not copies[1].exists()
+    assert differences(first, second) == []
