@@ -101,7 +101,7 @@ class _Sizes:
             adapter += 2 * self.spec.adapter.r * (rows + cols) * self.b
         if not isinstance(self.spec.quantization, Nf4Quantization):
             return adapter
-        slices = dequantised_slices(rows, cols, self.b) if self.fused else 1
+        slices = dequantised_slices(rows, cols, self.b, self.tokens) if self.fused else 1
         # A slice dequantised and, of several, a copy of its packed columns; all constants.
         packed = rows * cols // 2 // slices if slices > 1 else 0
         return rows * cols * self.b // slices + packed + rows * cols // NF4_BLOCK * 4 + adapter

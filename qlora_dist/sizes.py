@@ -15,8 +15,8 @@ NESTED_BLOCK = 256
 OPTIMIZER_BLOCK = 256
 
 
-# A matrix that is larger dequantised is dequantised in slices of at most this: what the cache of a
-# GPU holds (H100: 50 MB) until the product has read it.
+# A matrix that is larger dequantised is dequantised in slices of at most this, or of what it is
+# multiplied with: then a slice is not what memory runs out of, and few calls keep a GPU busy.
 _SLICE_BYTES = 32 * 2**20
 
 
@@ -109,12 +109,14 @@ def base_bytes(spec: RunSpec, shape: ModelShape) -> int:
     return shape.num_layers * layer_bytes(spec, shape) + kept * dtype_bytes(spec)
 
 
-def dequantised_slices(rows: int, width: int, element: int) -> int:
+def dequantised_slices(rows: int, width: int, element: int, tokens: int) -> int:
     """Into how many slices a quantised matrix is cut when it is multiplied.
 
     Args:
         rows: Its outputs.
         width: Its inputs.
         element: Bytes of a number of the computation.
+        tokens: Rows of what it is multiplied with.
     """
-    return math.ceil(rows * width * element / _SLICE_BYTES)
+    most = max(_SLICE_BYTES, tokens * max(rows, width) * element)
+    return math.ceil(rows * width * element / most)

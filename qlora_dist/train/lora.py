@@ -148,7 +148,8 @@ def _times(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return nn.functional.linear(x, layer.weight, bias)
     weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
     rows, width = layer.out_features, layer.in_features
-    parts, absmax = dequantised_slices(rows, width, x.element_size()), _absmax(weight)
+    parts = dequantised_slices(rows, width, x.element_size(), len(x))
+    absmax = _absmax(weight)
     if parts == 1:
         return nn.functional.linear(x, _dequantised(weight.packed[:rows], absmax, x.dtype), bias)
     y = x.new_empty(len(x), rows)
@@ -171,8 +172,8 @@ def _times_transposed(g: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return g @ layer.weight
     weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
     rows, width = layer.out_features, layer.in_features
-    parts, absmax = dequantised_slices(rows, width, g.element_size()), _absmax(weight)
-    packed = weight.packed[:rows]
+    parts = dequantised_slices(rows, width, g.element_size(), len(g))
+    packed, absmax = weight.packed[:rows], _absmax(weight)
     if parts == 1:
         return g @ _dequantised(packed, absmax, g.dtype)
     # By columns, so that no sum is cut in two.

@@ -74,9 +74,15 @@ def test_logits_and_gradients_are_pefts(tiny_model, changes):
 def test_a_matrix_in_slices_is_the_matrix(tiny_model, monkeypatch):
     model = load(tiny_model)
     whole = step(model)
-    monkeypatch.setattr(sizes, "_SLICE_BYTES", 5000)
-    assert sizes.dequantised_slices(192, 64, 4) == 10
+    monkeypatch.setattr(lora, "dequantised_slices", lambda *_: 10)
     assert_close(step(model), whole)
+
+
+def test_a_slice_is_no_larger_than_a_cache_or_than_what_it_is_multiplied_with():
+    # LLaMA-65B's MLP, 344 MiB in bf16.
+    assert sizes.dequantised_slices(22016, 8192, 2, tokens=512) == 11
+    assert sizes.dequantised_slices(22016, 8192, 2, tokens=4096) == 2
+    assert sizes.dequantised_slices(4096, 4096, 2, tokens=1) == 1
 
 
 @pytest.mark.parametrize(("count", "parts"), [(11008, 3), (28672, 7), (100, 3), (64, 5)])
