@@ -3,8 +3,8 @@
 transformers computes a norm, a gate or a rotation one operation after the other: each reads and
 writes whole activations, and keeps some in float32. Here each is one function that keeps what it
 was given, and on a GPU one kernel each way (qlora_dist.train.triton_kernels) that rounds where
-transformers rounds. Runs in bf16 train so (qlora_dist.train.adapters); evaluation, and what other
-devices compute, is transformers' own.
+transformers rounds; a norm's sum has another order. Runs in bf16 train so
+(qlora_dist.train.adapters); evaluation, and rotations on other devices, are transformers' own.
 """
 
 import sys
