@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from gpu_line import LOGS, header
 from gpu_memory import name_of, ready
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_dist.plan import Topology
@@ -58,10 +59,17 @@ def events(step):
         step()
         if CUDA:
             torch.cuda.synchronize()
-    rows = [(event, event.count, event.key) for event in found.key_averages()]
+    averages = found.key_averages()
+    # An operator's time on the GPU is that of its kernels, which have rows of their own.
+    host = [event for event in averages if event.device_type == DeviceType.CPU]
+    kernels = [
+        event
+        for event in averages
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     return {
-        "GPU": [[event.self_device_time_total / 1e3, *rest] for event, *rest in rows],
-        "host": [[event.self_cpu_time_total / 1e3, *rest] for event, *rest in rows],
+        "GPU": [[event.self_device_time_total / 1e3, event.count, event.key] for event in kernels],
+        "host": [[event.self_cpu_time_total / 1e3, event.count, event.key] for event in host],
     }
 
 
