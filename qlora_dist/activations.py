@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qlora_dist.shapes import ModelShape
 from qlora_dist.sizes import (
+    DROPOUT_PARTS_BYTES,
     NF4_BLOCK,
     Component,
     dequantised_slices,
@@ -96,15 +97,16 @@ class _Sizes:
 
     def _workspace(self, rows: int, cols: int) -> int:
         adapter = self.adapter_gradients(rows, cols)
+        quantised = isinstance(self.spec.quantization, Nf4Quantization)
         if not self.fused:
             # And both of its matrices, and these, in the dtype of the computation.
             adapter += 2 * self.spec.adapter.r * (rows + cols) * self.b
-        if not isinstance(self.spec.quantization, Nf4Quantization):
-            return adapter
-        slices = dequantised_slices(rows, cols, self.b, self.tokens) if self.fused else 1
-        # A slice dequantised and, of several, a copy of its packed columns; all constants.
-        packed = rows * cols // 2 // slices if slices > 1 else 0
-        return rows * cols * self.b // slices + packed + rows * cols // NF4_BLOCK * 4 + adapter
+            # The matrix dequantised, and its constants.
+            return adapter + quantised * (rows * cols * self.b + rows * cols // NF4_BLOCK * 4)
+        # The adapter's gradients are made before a slice of the matrix is dequantised.
+        parts = DROPOUT_PARTS_BYTES if self.spec.adapter.dropout > 0 else 0
+        slices = dequantised_slices(rows, cols, self.b, self.tokens)
+        return adapter + max(parts, quantised * rows * cols * self.b // slices)
 
 
 def _start(at: _Sizes) -> Moment:
@@ -158,11 +160,9 @@ def _passing(at: _Sizes) -> int:
     """Bytes that pass through the layer's MLP on the way back, the most at once."""
     workspace, dropout = at.workspace(), at.spec.adapter.dropout > 0
     if at.fused:
-        # The layer's gradient, and that of the last product's input, made slice by slice or, with
-        # dropout, in three steps; then, that input let go, the gate's two gradients.
-        dropped = 2 * at.inner + at.adapter_gradients(*at.shape.linears["down_proj"])
-        product = at.inner + max(workspace, dropped if dropout else 0)
-        return at.hidden + max(product, 2 * at.inner)
+        # The layer's gradient, and that of the last product's input, made slice by slice; then,
+        # that input let go, the gate's two gradients.
+        return at.hidden + at.inner + max(workspace, at.inner)
     if not at.spec.model.gradient_checkpointing:
         return workspace + 4 * at.hidden
     # The two residuals, the gradient of all of it and of the MLP's last product; with it that
@@ -215,9 +215,9 @@ def _kept(at: _Sizes) -> tuple[int, str]:
 def layer_activation_bytes(at: _Sizes) -> int:
     """Bytes that one decoder layer keeps for its backward pass.
 
-    A product with an adapter (qlora_dist.train.lora) keeps its input, which others may keep too,
-    and with dropout a mask of bytes of its own; PEFT's keeps the input behind the dropout instead.
-    A frozen one keeps nothing.
+    A product with an adapter (qlora_dist.train.lora) keeps its input, which others may keep too;
+    PEFT's keeps the input behind the dropout instead, and a mask of bytes. A frozen one keeps
+    nothing.
     """
     spec, shape, b = at.spec, at.shape, at.b
     hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
@@ -232,8 +232,7 @@ def layer_activation_bytes(at: _Sizes) -> int:
         fed = len(names & targets)
         if fed and spec.adapter.dropout > 0 and not at.fused:
             return fed * width * (1 + b)
-        masks = fed * width if spec.adapter.dropout > 0 else 0
-        return masks + b * width * (fed > 0 and not kept)
+        return b * width * (fed > 0 and not kept)
 
     inputs = (
         adapter_inputs(hidden, {"q_proj", "k_proj", "v_proj"})

@@ -19,6 +19,9 @@ OPTIMIZER_BLOCK = 256
 # multiplied with: then a slice is not what memory runs out of, and few calls keep a GPU busy.
 _SLICE_BYTES = 32 * 2**20
 
+# The parts that the sum of an adapter's gradient behind dropout is put together of.
+DROPOUT_PARTS_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True)
 class Component:

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from qlora_dist.memory import WORKSPACE_BYTES
-from qlora_dist.sizes import NF4_BLOCK
-from qlora_dist.train import adapters, pointwise
+from qlora_dist.sizes import DROPOUT_PARTS_BYTES, NF4_BLOCK
+from qlora_dist.train import adapters, dropout, lora, pointwise
 from qlora_dist.train.batch import Batch
 from qlora_dist.train.load import DTYPES, empty_base, put_whole
 from qlora_dist.train.nf4 import Nf4Tensor
@@ -107,11 +107,25 @@ def kernels_without_memory() -> Iterator[None]:
     def normalised(x, _):
         return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
+    def dequantised(weight, rows, columns, dtype):
+        return weight.packed.new_empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)
+
+    def outer(grad, x, _, __):
+        # The sum's parts, and the sum.
+        parts = x.new_empty(DROPOUT_PARTS_BYTES, dtype=torch.uint8)
+        del parts
+        return x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pointwise, "normalised", normalised)
         patch.setattr(pointwise, "normalised_backward", lambda _, x, __: torch.empty_like(x))
         patch.setattr(pointwise, "gated", lambda gate, _: torch.empty_like(gate))
         patch.setattr(pointwise, "gated_backward", lambda _, gate, up: like(gate, up))
+        patch.setattr(lora, "dequantised", dequantised)
+        patch.setattr(dropout, "draw_seed", int)
+        patch.setattr(dropout, "inner", lambda x, a, _, __: x.new_empty(len(x), len(a)))
+        patch.setattr(dropout, "outer", outer)
+        patch.setattr(dropout, "add_back", lambda *_: None)
         yield
 
 

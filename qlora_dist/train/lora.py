@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.sizes import NESTED_BLOCK, NF4_BLOCK, dequantised_slices
+from qlora_dist.sizes import NF4_BLOCK, dequantised_slices
+from qlora_dist.train import dropout
+from qlora_dist.train.dequantise import dequantised
 from qlora_dist.train.nf4 import Nf4Linear, Nf4Tensor
-
-_BITSANDBYTES = torch.ops.bitsandbytes
-_DROPPED = torch.ops.aten.native_dropout_backward
 
 
 def fuse(model: nn.Module) -> None:
@@ -42,13 +41,13 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     (name,) = self.active_adapters
-    dropout, layer = self.lora_dropout[name], self.get_base_layer()
+    drop, layer = self.lora_dropout[name], self.get_base_layer()
     h, a, b = _Inner.apply(  # type: ignore[no-untyped-call]
         x,
         self.lora_A[name].weight,
         self.lora_B[name].weight,
         _dtype_of(layer),
-        dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+        drop.p if isinstance(drop, nn.Dropout) else 0.0,
     )
     result = _Product.apply(x, h, a, b, layer, self.scaling[name])  # type: ignore[no-untyped-call]
     return result
@@ -71,11 +70,11 @@ class _Inner(torch.autograd.Function):
         dtype: torch.dtype,
         p: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        flat = x.to(dtype).reshape(-1, x.shape[-1])
-        dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
-        h = dropped @ a.to(dtype).T
-        ctx.p = p
-        ctx.save_for_backward(x, h, mask, a, b)
+        flat, low = _flat(x, dtype), a.to(dtype)
+        seed = dropout.draw_seed() if p else 0
+        h = dropout.inner(flat, low, seed, p) if p else flat @ low.T
+        ctx.p, ctx.seed = p, seed
+        ctx.save_for_backward(x, h, a, b)
         ctx.mark_non_differentiable(h)
         # Only two of the outputs have gradients, those that the product gives.
         ctx.set_materialize_grads(False)
@@ -100,7 +99,7 @@ class _Product(torch.autograd.Function):
         layer: nn.Linear,
         scaling: float,
     ) -> torch.Tensor:
-        y = _times(x.to(h.dtype).reshape(-1, x.shape[-1]), layer)
+        y = _times(_flat(x, h.dtype), layer)
         y.addmm_(h, b.to(h.dtype).T, alpha=scaling)
         # Not the matrix: under FSDP2 its memory is given back, and the layer has it again later.
         ctx.inner, ctx.layer, ctx.scaling = a.grad_fn, layer, scaling
@@ -108,28 +107,32 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, h, mask, a, b = ctx.inner.saved_tensors
-        dtype, layer, scaling, p = h.dtype, ctx.layer, ctx.scaling, ctx.inner.p
+        x, h, a, b = ctx.inner.saved_tensors
+        dtype, layer, scaling = h.dtype, ctx.layer, ctx.scaling
+        p, seed = ctx.inner.p, ctx.inner.seed
         grad_x = grad_a = grad_b = None
-        g = grad.to(dtype).reshape(-1, grad.shape[-1])
+        g = _flat(grad, dtype)
         if ctx.needs_input_grad[3]:
             grad_b = (g.T @ h).mul_(scaling).to(b.dtype)
         grad_h = (g @ b.to(dtype)).mul_(scaling)
         if ctx.needs_input_grad[2]:
-            flat = x.to(dtype).reshape(-1, x.shape[-1])
-            if mask is not None:
-                flat = _DROPPED(flat, mask, 1 / (1 - p))
-            grad_a = (grad_h.T @ flat).to(a.dtype)
+            flat = _flat(x, dtype)
+            grad_a = dropout.outer(grad_h, flat, seed, p) if p else grad_h.T @ flat
+            grad_a = grad_a.to(a.dtype)
             del flat
         if ctx.needs_input_grad[0]:
             grad_x = _times_transposed(g, layer)
-            if mask is None:
-                grad_x.addmm_(grad_h, a.to(dtype))
+            if p:
+                dropout.add_back(grad_x, grad_h, a.to(dtype), seed, p)
             else:
-                own = grad_h @ a.to(dtype)
-                grad_x += _DROPPED(own, mask, 1 / (1 - p))
+                grad_x.addmm_(grad_h, a.to(dtype))
             grad_x = grad_x.view(x.shape).to(x.dtype)
         return grad_x, None, grad_a, grad_b, None, None
+
+
+def _flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A row for each token, dense."""
+    return x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
 
 
 def _dtype_of(layer: nn.Linear) -> torch.dtype:
@@ -149,12 +152,11 @@ def _times(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
     rows, width = layer.out_features, layer.in_features
     parts = dequantised_slices(rows, width, x.element_size(), len(x))
-    absmax = _absmax(weight)
     if parts == 1:
-        return nn.functional.linear(x, _dequantised(weight.packed[:rows], absmax, x.dtype), bias)
+        return nn.functional.linear(x, dequantised(weight, (0, rows), (0, width), x.dtype), bias)
     y = x.new_empty(len(x), rows)
     for begin, end in block_ranges(rows, parts):
-        part = _dequantised(weight.packed[begin:end], absmax[begin:end], x.dtype)
+        part = dequantised(weight, (begin, end), (0, width), x.dtype)
         torch.mm(x, part.T, out=y[:, begin:end])
         # Before the next one is made.
         del part
@@ -173,48 +175,15 @@ def _times_transposed(g: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     weight: Nf4Tensor = layer.weight  # type: ignore[assignment]
     rows, width = layer.out_features, layer.in_features
     parts = dequantised_slices(rows, width, g.element_size(), len(g))
-    packed, absmax = weight.packed[:rows], _absmax(weight)
     if parts == 1:
-        return g @ _dequantised(packed, absmax, g.dtype)
+        return g @ dequantised(weight, (0, rows), (0, width), g.dtype)
     # By columns, so that no sum is cut in two.
     grad = g.new_empty(len(g), width)
-    for begin, end in block_ranges(width, parts):
-        own = packed[:, begin // 2 : end // 2].contiguous()
-        constants = absmax[:, begin // NF4_BLOCK : end // NF4_BLOCK].contiguous()
-        part = _dequantised(own, constants, g.dtype)
-        torch.mm(g, part, out=grad[:, begin:end])
-        del own, part
+    for columns in block_ranges(width, parts):
+        part = dequantised(weight, (0, rows), columns, g.dtype)
+        torch.mm(g, part, out=grad[:, slice(*columns)])
+        del part
     return grad
-
-
-# bitsandbytes' operators, without the Python around them: hundreds of calls a layer would take the
-# host longer than the products take an H100.
-def _absmax(weight: Nf4Tensor) -> torch.Tensor:
-    """The blocks' constants as numbers, float32 of shape ``(out, in / 64)``."""
-    constants = weight.constants
-    assert constants is not None
-    rows, nested = constants.shape[0], constants.nested
-    if nested is None:
-        return weight.absmax[:rows].view(torch.float32)
-    found: torch.Tensor = _BITSANDBYTES.dequantize_blockwise(
-        weight.absmax[:rows], nested.absmax, nested.code, NESTED_BLOCK, torch.float32
-    )
-    return found.add_(nested.offset)
-
-
-def _dequantised(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows, or columns, of a matrix.
-
-    Args:
-        packed: uint8 of shape ``(n, m / 2)``, contiguous.
-        absmax: float32 of shape ``(n, m / 64)``, contiguous.
-        dtype: What it is to be.
-    """
-    shape = (packed.shape[0], 2 * packed.shape[1])
-    found: torch.Tensor = _BITSANDBYTES.dequantize_4bit(
-        packed, absmax, NF4_BLOCK, "nf4", shape, dtype
-    )
-    return found
 
 
 def block_ranges(count: int, parts: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 transformers computes a norm, a gate or a rotation one operation after the other: each reads and
 writes whole activations, and keeps some in float32. Here each is one function that keeps what it
-was given, and on a GPU one kernel each way (qlora_dist.train.triton_kernels) that rounds where
+was given, and on a GPU one kernel each way (qlora_dist.train.triton_pointwise) that rounds where
 transformers rounds; a norm's sum has another order. Runs in bf16 train so
 (qlora_dist.train.adapters); evaluation, and rotations on other devices, are transformers' own.
 """
@@ -104,14 +104,14 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        from qlora_dist.train.triton_kernels import rotated
+        from qlora_dist.train.triton_pointwise import rotated
 
         ctx.save_for_backward(cos, sin)
         return rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        from qlora_dist.train.triton_kernels import rotated
+        from qlora_dist.train.triton_pointwise import rotated
 
         return rotated(grad, *ctx.saved_tensors, back=True), None, None
 
@@ -148,9 +148,9 @@ def normalised_backward(grad: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor)
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up``, rounded twice; all of one shape."""
     if gate.is_cuda and _compiled():
-        from qlora_dist.train import triton_kernels
+        from qlora_dist.train import triton_pointwise
 
-        return triton_kernels.gated(gate, up)
+        return triton_pointwise.gated(gate, up)
     return nn.functional.silu(gate) * up
 
 
@@ -159,9 +159,9 @@ def gated_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of :func:`gated` with respect to ``gate`` and ``up``."""
     if gate.is_cuda and _compiled():
-        from qlora_dist.train import triton_kernels
+        from qlora_dist.train import triton_pointwise
 
-        return triton_kernels.gated_backward(grad, gate, up)
+        return triton_pointwise.gated_backward(grad, gate, up)
     grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
     return grad_gate, nn.functional.silu(gate).mul_(grad)
 

@@ -5,7 +5,7 @@ import torch
 
 from qlora_dist import sizes
 from qlora_dist.spec_file import spec_from_tree
-from qlora_dist.train import lora
+from qlora_dist.train import dropout, lora
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import load_base
 from qlora_dist.train.lora import block_ranges, fuse
@@ -121,12 +121,23 @@ def test_gradients_with_dropout_are_those_of_the_formula(tiny_model):
     torch.manual_seed(3)
     weight = layer.get_base_layer()(torch.eye(192)).T.detach()
     leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
-    dropped = torch.native_dropout(leaves[0], 0.3, True)[0]
+    dropped = dropout._dropped(leaves[0], dropout.draw_seed(), 0.3)
+    assert set((dropped == 0).unique().tolist()) == {True, False}
     wanted = leaves[0] @ weight.T + 2.0 * (dropped @ leaves[1].T) @ leaves[2].T
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
     wanted.square().sum().backward()
     for got, leaf in zip(ours, leaves, strict=True):
         torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_recomputation_draws_the_same_masks(tiny_model):
+    adapter = {"r": 4, "dropout": 0.3}
+    changes = {"source": str(tiny_model), "dtype": "fp32"}
+    kept = step(load(tiny_model, model=changes, adapter=adapter))
+    changes["gradient_checkpointing"] = True
+    recomputed = step(load(tiny_model, model=changes, adapter=adapter))
+    assert torch.equal(recomputed[0], kept[0])
+    assert all(torch.equal(grad, kept[1][name]) for name, grad in recomputed[1].items())
 
 
 def test_recomputation_ends_before_a_layers_last_large_product(tiny_model, monkeypatch):
