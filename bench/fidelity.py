@@ -66,7 +66,7 @@ def run_reference(folder, model, data, processes, accumulation, steps, order):
     """Train with the plain loop, from the adapter that ours began with."""
     (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
     # The first step has learning rate 0, so its checkpoint holds the adapter as it began.
-    start = folder / "ours" / "checkpoints" / "step_000001" / "adapter.safetensors"
+    start = folder / "ours" / "checkpoints" / "step_000001" / "weights" / "00000.safetensors"
     options = {
         "model": model,
         "data": data,

@@ -35,6 +35,7 @@ from qlora_dist.train.log import Metrics
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.saver import Saver
+from qlora_dist.train.trained import Whole
 from qlora_dist.train.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -80,12 +81,11 @@ def save_table(folder, shape_name):
         run.root.mkdir()
         world = World(0, 1, DEVICE)
         parameters = adapter_like(shape_name, 64)
-        optimizer = make_optimizer(spec.optimizer, parameters)
+        trained = Whole(parameters, world, shares_moments=False)
+        optimizer = make_optimizer(spec.optimizer, trained.stepped)
         for parameter in parameters.values():
-            parameter.grad = parameter.detach() * 1e-3
+            parameter.grad.copy_(parameter.detach()).mul_(1e-3)
         optimizer.step()
-        for parameter in parameters.values():
-            parameter.grad = None
         said = []
         metrics = Metrics(run.metrics, world, 0)
         part = Part(
@@ -93,9 +93,7 @@ def save_table(folder, shape_name):
             attempt=0,
             spec=spec,
             world=world,
-            parameters=parameters,
-            owned=parameters,
-            saves_moments=True,
+            trained=trained,
             optimizer=optimizer,
             target_modules=[],
             corpus_sha256="",
@@ -120,7 +118,7 @@ def save_table(folder, shape_name):
             f"{waits[0]:>8.2f}  {waits[1]:>8.2f}  {written:>9}  {meanwhile / alone:>14.0%}",
             flush=True,
         )
-        del optimizer, parameters, part, saver
+        del optimizer, parameters, part, saver, trained
 
 
 def packing_table(folder, args):

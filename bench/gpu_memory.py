@@ -21,19 +21,22 @@ import numpy as np
 import torch
 from gpu_line import LOGS, header
 from random_base import fill_random, write_config_of
+from torch.distributed.tensor import DTensor
 
 from qlora_dist.data.tokens import Sample
 from qlora_dist.plan import Topology, attention_of, make_plan
 from qlora_dist.process import leave
 from qlora_dist.sizes import GIB
+from qlora_dist.spec import LoraAdapter
 from qlora_dist.spec_file import spec_from_tree
-from qlora_dist.train.adapters import add_adapter, trainable
+from qlora_dist.train.adapters import trainable
 from qlora_dist.train.batch import make_batch
 from qlora_dist.train.load import empty_base
+from qlora_dist.train.method import dtype_of_weights, make_trainable
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
-from qlora_dist.train.strategy import STRATEGIES, Gradients
+from qlora_dist.train.strategy import STRATEGIES
 from qlora_dist.train.world import World
 
 PREDICTIONS = Path(__file__).parent / "memory_predictions.json"
@@ -133,34 +136,37 @@ def ready(row, world, folder):
     if world.rank == 0:
         write_config_of(row[0], folder / row[0])
     world.barrier()
-    strategy = STRATEGIES[spec.strategy.kind](world)
-    attention = attention_of(spec)
-    base = empty_base(spec, attention=attention, share=strategy.share)
-    model = add_adapter(base.model, spec.adapter, seed=0, device=device, autocast=True)
-    model.train()
-    parameters = trainable(model)
-    strategy.shard(base.model, parameters)
+    spec = make_plan(spec).spec
+    strategy = STRATEGIES[spec.strategy.kind](world, spec)
+    attention, dtype = attention_of(spec), dtype_of_weights(spec)
+    base = empty_base(spec, attention=attention, share=strategy.share, dtype=dtype)
+    model, _ = make_trainable(base.model, spec, device=device)
+    strategy.shard(base.model, trainable(model))
     fill_random(base, spec, device=device, put=strategy.put, share=strategy.share)
-    weights = 0
-    if device.type == "cuda":
-        weights = torch.cuda.memory_allocated() - sum(p.nbytes for p in parameters.values())
-    gradients = Gradients(parameters)
-    optimizer = make_optimizer(spec.optimizer, strategy.owned(parameters))
-    strategy.prepare(parameters)
+    weights = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    if isinstance(spec.adapter, LoraAdapter):
+        weights -= sum(local(p).nbytes for p in trainable(model).values())
+    trained = strategy.train(trainable(model))
+    optimizer = make_optimizer(spec.optimizer, trained.stepped)
 
     def step():
-        gradients.zero()
+        trained.zero()
         rows = [[sample(spec.data.sequence_tokens - (i == 1))] for i in range(row[2])]
         batch = make_batch(rows, flat=False, pad_id=0, device=device)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             loss = summed_loss(model, batch) / 1000
         loss.backward()
-        strategy.reduce(gradients)
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.3)
+        trained.reduce()
+        trained.clip(0.3)
         optimizer.step()
-        strategy.spread()
+        trained.spread()
 
     return weights, step
+
+
+def local(parameter):
+    """What a process has of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def measure(row, world, folder):

@@ -11,7 +11,6 @@ from qlora_dist.shapes import SHAPES
 from qlora_dist.sizes import NESTED_BLOCK, NF4_BLOCK
 from qlora_dist.train import nf4_cache
 from qlora_dist.train.fill import WHOLE
-from qlora_dist.train.load import DTYPES
 from qlora_dist.train.nf4 import Nf4Tensor
 from qlora_dist.train.quantise import Nested, constants
 
@@ -32,7 +31,7 @@ def fill_random(base, spec, *, device, put, share=WHOLE, on_bytes=lambda *_: Non
     generator = torch.Generator(device)
     for number, slot in enumerate(base.slots):
         generator.manual_seed(number)
-        put(slot, _rows(slot, spec, share, generator))
+        put(slot, _rows(slot, spec, base.dtype, share, generator))
         on_bytes(number + 1, len(base.slots))
     for module in base.model.modules():
         for name, buffer in module._buffers.items():
@@ -40,9 +39,9 @@ def fill_random(base, spec, *, device, put, share=WHOLE, on_bytes=lambda *_: Non
                 module._buffers[name] = buffer.to(device)
 
 
-def _rows(slot, spec, share, generator):
+def _rows(slot, spec, dtype, share, generator):
     """This process's rows of a parameter."""
-    dtype, device = DTYPES[spec.model.dtype], generator.device
+    device = generator.device
     first, count = share.rows(slot.shape[0])
     if not slot.is_nf4:
         if len(slot.shape) == 1:

@@ -29,7 +29,7 @@ from qlora_dist.train.lora import fuse
 from qlora_dist.train.nf4 import Nf4Linear
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
-from qlora_dist.train.strategy import Gradients, Sharded
+from qlora_dist.train.strategy import Sharded
 from qlora_dist.train.world import World
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 256, 1152, 3, 512
@@ -184,7 +184,7 @@ def main():
         make_model(folder)
     world.barrier()
     spec = make_spec(folder, double=args.double, dtype=args.dtype, recompute=args.recompute)
-    strategy = Sharded(world)
+    strategy = Sharded(world, spec)
     base = empty_base(spec, attention="sdpa", share=strategy.share)
     model = add_adapter(base.model, spec.adapter, seed=0, device=world.device)
     if spec.model.dtype == "bf16":
@@ -200,7 +200,7 @@ def main():
         gather=world.gather_rows,
         put=strategy.put,
     )
-    strategy.prepare(parameters)
+    trained = strategy.train(parameters)
     seen = Comparison(reference(folder, spec, world.device), args.damage)
     layers = {}
     for slot in base.slots:
@@ -233,19 +233,18 @@ def main():
         if isinstance(module, LoraLayer):
             module.register_forward_pre_hook(before)
             module.register_forward_hook(in_backward)
-    gradients = Gradients(parameters)
-    optimizer = make_optimizer(spec.optimizer, strategy.owned(parameters))
+    optimizer = make_optimizer(spec.optimizer, trained.stepped)
     model.train()
     losses, received = [], Received(world)
     for step in range(NUM_STEPS):
-        gradients.zero()
+        trained.zero()
         generator = torch.Generator().manual_seed(step * world.size + world.rank)
         tokens = torch.randint(VOCABULARY, (2, 32), generator=generator).to(world.device)
         loss = model(input_ids=tokens, labels=tokens).loss / world.size
         loss.backward()
-        strategy.reduce(gradients)
+        trained.reduce()
         optimizer.step()
-        strategy.spread()
+        trained.spread()
         losses.append(sum(row[0] for row in world.gather([loss.item()])))
     facts = {
         "received": received.bytes,

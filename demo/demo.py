@@ -107,7 +107,7 @@ def main() -> int:
         print("                    DIFFERENT from the unbroken run:")
         print("\n".join(f"                    {line}" for line in different[:10]))
     else:
-        digest = fingerprint(RunDir(stopped))["adapter.safetensors"]
+        digest = fingerprint(RunDir(stopped))["weights"]
         print(f"                    equal, bit for bit; adapter sha256 {digest[:16]}...")
     print(f"  time              {time.monotonic() - begin:.0f} s")
     print(f"  files             {stopped}")

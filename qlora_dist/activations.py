@@ -15,8 +15,9 @@ from qlora_dist.sizes import (
     dequantised_slices,
     dtype_bytes,
     layer_targets,
+    trained_dtype_bytes,
 )
-from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class _Sizes:
         self.hidden = self.tokens * shape.hidden_size * self.b
         self.inner = self.tokens * shape.intermediate_size * self.b
         self.fused = spec.model.dtype == "bf16"
+        self.lora = spec.adapter if isinstance(spec.adapter, LoraAdapter) else None
+
+    @property
+    def dropout(self) -> bool:
+        """Whether an adapter's inputs are dropped out."""
+        return self.lora is not None and self.lora.dropout > 0
 
     @property
     def masked(self) -> bool:
@@ -88,8 +95,8 @@ class _Sizes:
 
     def adapter_gradients(self, rows: int, cols: int) -> int:
         """Bytes of the gradients of an adapter's two matrices, before they are added up."""
-        stored = 4 if self.spec.adapter.dtype == "fp32" else 2
-        return self.spec.adapter.r * (rows + cols) * stored
+        r = self.lora.r if self.lora else 0
+        return r * (rows + cols) * trained_dtype_bytes(self.spec)
 
     def workspace(self) -> int:
         """Bytes that the largest product needs beside its operands, in its backward pass."""
@@ -100,11 +107,11 @@ class _Sizes:
         quantised = isinstance(self.spec.quantization, Nf4Quantization)
         if not self.fused:
             # And both of its matrices, and these, in the dtype of the computation.
-            adapter += 2 * self.spec.adapter.r * (rows + cols) * self.b
+            adapter += 2 * (self.lora.r if self.lora else 0) * (rows + cols) * self.b
             # The matrix dequantised, and its constants.
             return adapter + quantised * (rows * cols * self.b + rows * cols // NF4_BLOCK * 4)
         # The adapter's gradients are made before a slice of the matrix is dequantised.
-        parts = DROPOUT_PARTS_BYTES if self.spec.adapter.dropout > 0 else 0
+        parts = DROPOUT_PARTS_BYTES if self.dropout else 0
         slices = dequantised_slices(rows, cols, self.b, self.tokens)
         return adapter + max(parts, quantised * rows * cols * self.b // slices)
 
@@ -158,7 +165,7 @@ def _backward(at: _Sizes) -> Moment:
 
 def _passing(at: _Sizes) -> int:
     """Bytes that pass through the layer's MLP on the way back, the most at once."""
-    workspace, dropout = at.workspace(), at.spec.adapter.dropout > 0
+    workspace, dropout = at.workspace(), at.dropout
     if at.fused:
         # The layer's gradient, and that of the last product's input, made slice by slice; then,
         # that input let go, the gate's two gradients.
@@ -220,9 +227,11 @@ def layer_activation_bytes(at: _Sizes) -> int:
     nothing.
     """
     spec, shape, b = at.spec, at.shape, at.b
-    hidden, inner, r = shape.hidden_size, shape.intermediate_size, spec.adapter.r
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    r = at.lora.r if at.lora else 0
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    targets = set(layer_targets(spec, shape))
+    # All keep their inputs where their weights are trained.
+    targets = set(layer_targets(spec, shape) if at.lora else shape.linears)
     norms = 2 * _norm_bytes(at, hidden)
     if shape.qk_norm:
         norms += _norm_bytes(at, query + key_value)
@@ -230,7 +239,7 @@ def layer_activation_bytes(at: _Sizes) -> int:
 
     def adapter_inputs(width: int, names: set[str], *, kept: bool = False) -> int:
         fed = len(names & targets)
-        if fed and spec.adapter.dropout > 0 and not at.fused:
+        if fed and at.dropout and not at.fused:
             return fed * width * (1 + b)
         return b * width * (fed > 0 and not kept)
 

@@ -27,9 +27,9 @@ from qlora_dist.files import (
 )
 
 # Inside a checkpoint, for files of every rank.
-FOLDERS = ("optimizer", "rng")
+FOLDERS = ("weights", "optimizer", "rng")
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"^step_(\d{6,})$")
 
 

@@ -6,12 +6,13 @@ from qlora_dist.shapes import ModelShape
 from qlora_dist.sizes import (
     GIB,
     Component,
-    adapter_bytes,
     base_bytes,
+    cuts_trained,
     dtype_bytes,
     moment_bytes,
+    trained_bytes,
 )
-from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
 
 # A training process without tensors: the interpreter, torch, CUDA's libraries.
 _PROCESS_BYTES = GIB
@@ -55,14 +56,17 @@ def footprint(
 
 def _host(spec: RunSpec, shape: ModelShape, world_size: int) -> tuple[Component, ...]:
     # Under fsdp moments are shared out; else rank 0 has all of them.
-    own = moment_bytes(spec, shape) // (world_size if spec.strategy.kind == "fsdp" else 1)
+    parts = world_size if spec.strategy.kind == "fsdp" else 1
+    own = moment_bytes(spec, shape) // parts
+    weights = trained_bytes(spec, shape) // (parts if cuts_trained(spec) else 1)
+    what = "adapter" if isinstance(spec.adapter, LoraAdapter) else "weights"
     lines = [
         Component("process", _PROCESS_BYTES, "the interpreter and its libraries"),
         Component("reading ahead", _READ_AHEAD_BYTES, "8 pieces of 32 MiB, while the base loads"),
         Component(
             "copies for a save",
-            adapter_bytes(spec, shape) + own,
-            "the adapter and the moments that this process saves",
+            weights + own,
+            f"the {what} and the moments that this process saves",
         ),
     ]
     if spec.optimizer.kind.startswith("paged_"):
@@ -71,8 +75,11 @@ def _host(spec: RunSpec, shape: ModelShape, world_size: int) -> tuple[Component,
 
 
 def _disk(spec: RunSpec, shape: ModelShape, steps: int | None) -> tuple[Component, ...]:
-    keep, adapter = spec.checkpoint, adapter_bytes(spec, shape)
-    one = adapter + moment_bytes(spec, shape)
+    keep, one = spec.checkpoint, trained_bytes(spec, shape) + moment_bytes(spec, shape)
+    if isinstance(spec.adapter, LoraAdapter):
+        end = Component("adapter", trained_bytes(spec, shape), "RUN/adapter")
+    else:
+        end = Component("model", shape.num_params * dtype_bytes(spec), "RUN/model")
     number, why = keep.keep_last + 1, f"{keep.keep_last} kept, one being written"
     if keep.keep_best and spec.data.validation_rows:
         number, why = number + 1, f"{why}, the best"
@@ -81,9 +88,9 @@ def _disk(spec: RunSpec, shape: ModelShape, steps: int | None) -> tuple[Componen
         number += for_good
         why += f", {for_good if steps else 'and'} of every {keep.keep_every} steps"
     lines = [
-        Component("one checkpoint", one, "the adapter and its moments"),
+        Component("one checkpoint", one, "what is trained, and its moments"),
         Component("checkpoints", number * one, why),
-        Component("adapter", adapter, "RUN/adapter"),
+        end,
     ]
     nf4 = spec.quantization
     if isinstance(nf4, Nf4Quantization) and nf4.cache_dir is not None:
@@ -98,23 +105,25 @@ def _network(
         return ()
     if spec.strategy.kind not in ("ddp", "fsdp"):
         return None
-    others, gradients = world_size - 1, adapter_bytes(spec, shape)
-    lines = [
-        Component(
-            "gradients",
-            2 * gradients * others // world_size,
-            "summed around a ring, once a step",
-        )
-    ]
-    if spec.strategy.kind == "fsdp":
-        ends = (shape.num_embedding_params + shape.hidden_size) * dtype_bytes(spec)
-        layers = base_bytes(spec, shape) - ends
-        lines += [
-            Component(
-                "base",
-                accumulation * (2 * layers + ends) * others // world_size,
-                f"{accumulation} x (layers twice, embedding and head once), the others' part",
-            ),
-            Component("adapter", gradients * others // world_size, "what the others have stepped"),
-        ]
-    return tuple(lines)
+    trained = trained_bytes(spec, shape)
+
+    def line(name: str, num_bytes: int, why: str) -> Component:
+        """A line of what all processes have together, of which a process has its part already."""
+        return Component(name, num_bytes * (world_size - 1) // world_size, why)
+
+    ring = line("gradients", 2 * trained, "summed around a ring, once a step")
+    if spec.strategy.kind == "ddp":
+        return (ring,)
+    ends = (shape.num_embedding_params + shape.hidden_size) * dtype_bytes(spec)
+    layers = base_bytes(spec, shape) - ends
+    base = line(
+        "base",
+        accumulation * (2 * layers + ends),
+        f"{accumulation} x (layers twice, embedding and head once), the others' part",
+    )
+    if not cuts_trained(spec):
+        return ring, base, line("adapter", trained, "what the others have stepped")
+    rows = line("gradients", accumulation * trained, f"{accumulation} x this process's rows")
+    if not isinstance(spec.adapter, LoraAdapter):
+        return rows, base
+    return rows, base, line("adapter", 2 * accumulation * trained, f"{accumulation} x twice")

@@ -15,6 +15,7 @@
     metrics.jsonl     one line a step, one line an evaluation; a resume cuts it back
     checkpoints/      step_000100/ and so on
     adapter/          PEFT format
+    model/            Hugging Face format, of full fine-tuning
     merged/           Hugging Face format
     tracking/         event files
 """
@@ -104,6 +105,11 @@ class RunDir:
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, of full fine-tuning."""
+        return self.root / "model"
 
     @property
     def merged(self) -> Path:

@@ -12,13 +12,15 @@ from qlora_dist.sizes import (
     GIB,
     NF4_BLOCK,
     Component,
-    adapter_params,
+    cuts_trained,
     dtype_bytes,
     layer_bytes,
     moments_of,
     nf4_bytes,
+    trained_dtype_bytes,
+    trained_params,
 )
-from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
 
 # Total memory in MiB, as nvidia-smi reports it.
 GPU_MIB: dict[str, int] = {
@@ -91,6 +93,9 @@ def plan_memory(
         gpus_per_node: Of them, on one machine.
         attention: The attention kernel.
     """
+    spec = settled(
+        spec, shape, world_size=world_size, gpus_per_node=gpus_per_node, attention=attention
+    )
     shards = _shards(spec, world_size, gpus_per_node)
     state = (
         *_weights(spec, shape, shards),
@@ -108,6 +113,34 @@ def plan_memory(
     return MemoryPlan(lines, name, peak, needed, gpu_bytes(spec.resources.gpu))
 
 
+def settled(
+    spec: RunSpec, shape: ModelShape, *, world_size: int, gpus_per_node: int, attention: str
+) -> RunSpec:
+    """The spec with what it leaves to the plan; arguments as in :func:`plan_memory`.
+
+    An adapter is cut where the run does not fit otherwise.
+    """
+    if spec.strategy.shard_adapter != "auto":
+        return spec
+
+    def choice(cut: bool) -> RunSpec:
+        strategy = spec.strategy.model_copy(update={"shard_adapter": cut})
+        return spec.model_copy(update={"strategy": strategy})
+
+    def fits(spec: RunSpec) -> bool:
+        memory = plan_memory(
+            spec, shape, world_size=world_size, gpus_per_node=gpus_per_node, attention=attention
+        )
+        return memory.fits is not False
+
+    may = (
+        isinstance(spec.adapter, LoraAdapter)
+        and spec.strategy.kind == "fsdp"
+        and not spec.optimizer.kind.endswith("_8bit")
+    )
+    return choice(may and not fits(choice(False)))
+
+
 def gpu_bytes(name: str | None) -> int | None:
     """Memory of a GPU named as in the spec; None for no name or an unknown one."""
     if name is None:
@@ -123,12 +156,13 @@ def gpu_bytes(name: str | None) -> int | None:
 def _shards(spec: RunSpec, world_size: int, gpus_per_node: int) -> dict[str, int]:
     """Into how many parts the base, the adapter, its gradients and its moments are cut."""
     world, inside = world_size, max(1, min(world_size, gpus_per_node))
+    # An adapter may be whole on every process (qlora_dist.train.trained).
+    rows = cuts_trained(spec)
     parts = {
         "single": (1, 1, 1, 1),
         "ddp": (1, 1, 1, 1),
-        # The adapter is whole on every process (qlora_dist.train.strategy).
-        "fsdp": (world, 1, 1, world),
-        "hsdp": (inside, 1, 1, inside),
+        "fsdp": (world, world if rows else 1, world if rows else 1, world),
+        "hsdp": (inside, inside if rows else 1, inside if rows else 1, inside),
         "zero2": (1, 1, world, world),
         "zero3": (world, world, world, world),
     }[spec.strategy.kind]
@@ -138,6 +172,9 @@ def _shards(spec: RunSpec, world_size: int, gpus_per_node: int) -> dict[str, int
 def _weights(spec: RunSpec, shape: ModelShape, shards: dict[str, int]) -> tuple[Component, ...]:
     b, parts = dtype_bytes(spec), shards["weights"]
     cut = f", 1/{parts} of them" if parts > 1 else ""
+    if not isinstance(spec.adapter, LoraAdapter):
+        # They are what is trained.
+        return ()
     kept = shape.num_embedding_params + shape.num_other_params
     sizes = [rows * cols for rows, cols in shape.linears.values()]
     lines = []
@@ -192,19 +229,20 @@ def _gathered(
 def _training_state(
     spec: RunSpec, shape: ModelShape, shards: dict[str, int], world_size: int
 ) -> tuple[Component, ...]:
-    count = adapter_params(spec, shape)
-    size = 4 if spec.adapter.dtype == "fp32" else 2
-    on_device = count // shards["adapter"] * size
+    count, size = trained_params(spec, shape), trained_dtype_bytes(spec)
+    what_trains = "adapter" if isinstance(spec.adapter, LoraAdapter) else "weights, trained"
+    on_device = count * size // shards["adapter"]
     gradients = count * size // shards["gradients"]
+    cut = f", 1/{shards['adapter']} of them" if shards["adapter"] > 1 else ""
     a_parameter, what = moments_of(spec)
     paged = spec.optimizer.kind.startswith("paged_")
     return (
-        Component("adapter", on_device, f"{count:,} x {size} bytes"),
+        Component(what_trains, on_device, f"{count:,} x {size} bytes{cut}"),
         Component(
             "gradients",
             gradients,
-            f"{count:,} x {size} bytes, one buffer"
-            + (", reduced in place" if world_size > 1 else ""),
+            f"{count:,} x {size} bytes, one buffer{cut}"
+            + (", reduced in place" if world_size > 1 and not cut else ""),
         ),
         Component(
             "optimizer",

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from qlora_dist.errors import PlanError
 from qlora_dist.fitting import Fit, what_fits
 from qlora_dist.footprint import Footprint, footprint
-from qlora_dist.memory import GPU_MIB, MemoryPlan, gpu_bytes, plan_memory
+from qlora_dist.memory import GPU_MIB, MemoryPlan, gpu_bytes, plan_memory, settled
 from qlora_dist.resume import spec_sha256
 from qlora_dist.shapes import ModelShape, find_shape
-from qlora_dist.sizes import NF4_BLOCK, adapter_params
-from qlora_dist.spec import RunSpec
+from qlora_dist.sizes import NF4_BLOCK, trained_params
+from qlora_dist.spec import LoraAdapter, RunSpec
 
 # Strategies and backends that a run may use today; the rest are planned and rendered only.
 RUNNABLE_STRATEGIES = ("single", "ddp", "fsdp")
@@ -91,7 +91,7 @@ class Plan:
     batch: BatchPlan
     length: Length
     corpus: CorpusFacts | None
-    num_adapter_params: int
+    num_trained_params: int
     memory: MemoryPlan
     would_fit: tuple[Fit, ...]
     footprint: Footprint
@@ -104,7 +104,7 @@ class Plan:
             "spec_sha256": spec_sha256(self.spec),
             "shape": self.shape.model_dump(),
             "num_base_params": self.shape.num_params,
-            "num_adapter_params": self.num_adapter_params,
+            "num_trained_params": self.num_trained_params,
             "topology": asdict(self.topology) | {"world_size": self.topology.world_size},
             "batch": asdict(self.batch),
             "length": asdict(self.length),
@@ -131,6 +131,7 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
     problems = [
         *_resource_problems(spec),
         *_strategy_problems(spec, topology),
+        *_method_problems(spec, topology),
         *_batch_problems(spec, topology),
         *_schedule_problems(spec),
         *_model_problems(spec, shape),
@@ -145,12 +146,10 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
     )
     length = plan_length(spec, corpus.num_sequences if corpus else spec.data.num_samples)
     attention = attention_of(spec)
+    world_size, inside = topology.world_size, topology.processes_per_node
+    spec = settled(spec, shape, world_size=world_size, gpus_per_node=inside, attention=attention)
     memory = plan_memory(
-        spec,
-        shape,
-        world_size=topology.world_size,
-        gpus_per_node=topology.processes_per_node,
-        attention=attention,
+        spec, shape, world_size=world_size, gpus_per_node=inside, attention=attention
     )
     too_large = topology.device == "cuda" and memory.fits is False
     return Plan(
@@ -160,7 +159,7 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
         batch=batch,
         length=length,
         corpus=corpus,
-        num_adapter_params=adapter_params(spec, shape),
+        num_trained_params=trained_params(spec, shape),
         memory=memory,
         would_fit=what_fits(spec, shape, attention=attention) if too_large else (),
         footprint=footprint(
@@ -235,6 +234,32 @@ def _strategy_problems(spec: RunSpec, topology: Topology) -> list[str]:
     return []
 
 
+def _method_problems(spec: RunSpec, topology: Topology) -> list[str]:
+    """What is trained, and what it does not go together with."""
+    full, problems = not isinstance(spec.adapter, LoraAdapter), []
+    if full and spec.quantization.kind != "none":
+        problems.append(
+            "adapter.kind: none trains the weights themselves, which "
+            f"{spec.quantization.kind} numbers cannot be; use quantization.kind=none, or "
+            "adapter.kind=lora"
+        )
+    if full and spec.model.dtype == "fp32" and spec.adapter.dtype == "bf16":
+        problems.append(
+            "adapter.dtype: bf16 weights are computed with in bf16; use model.dtype=bf16"
+        )
+    cut = spec.strategy.shard_adapter is True
+    if cut and (full or spec.strategy.kind != "fsdp"):
+        what = "full fine-tuning has no adapter" if full else f"not with {spec.strategy.kind}"
+        problems.append(f"strategy.shard_adapter: is for adapters under fsdp, {what}; remove it")
+    rows = topology.world_size > 1 and spec.strategy.kind in ("fsdp", "hsdp") and (full or cut)
+    if rows and spec.optimizer.kind.endswith("_8bit"):
+        problems.append(
+            f"optimizer.kind: {spec.optimizer.kind} shares constants between neighbouring rows, "
+            "which sharding may part; use paged_adamw_32bit"
+        )
+    return problems
+
+
 def _batch_problems(spec: RunSpec, topology: Topology) -> list[str]:
     size, micro = spec.batch.global_size, spec.batch.micro_size
     unit = topology.world_size * micro
@@ -265,7 +290,7 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
             f"data: sequences of up to {spec.data.sequence_tokens} tokens, and the model has "
             f"positions for {shape.max_positions}; use max_tokens: {shape.max_positions}"
         )
-    if spec.adapter.target != "all-linear":
+    if isinstance(spec.adapter, LoraAdapter) and spec.adapter.target != "all-linear":
         names = spec.adapter.target
         if len(set(names)) < len(names):
             problems.append(f"adapter.target: {', '.join(names)} names a layer twice")

@@ -44,6 +44,7 @@ NOT_THE_SAME_BITS = frozenset(
         "schedule.steps",
         "schedule.epochs",
         "strategy.kind",
+        "strategy.shard_adapter",
         "resources.nodes",
         "resources.gpus_per_node",
         "resources.processes_per_node",

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_dist.shapes import ModelShape
-from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
 
 GIB = 2**30
 
@@ -61,14 +61,18 @@ def nf4_bytes(num_weights: int, *, double: bool) -> tuple[int, int]:
     return packed, blocks + math.ceil(blocks / NESTED_BLOCK) * 4 + 256 * 4 + 4 + codebook
 
 
-def adapter_params(spec: RunSpec, shape: ModelShape) -> int:
-    """Parameters of the adapter: r x (in + out) for each linear layer that it is on."""
+def trained_params(spec: RunSpec, shape: ModelShape) -> int:
+    """Parameters that are trained: all, or r x (in + out) for each layer with an adapter."""
+    if not isinstance(spec.adapter, LoraAdapter):
+        return shape.num_params
     sizes = [shape.linears[name] for name in layer_targets(spec, shape)]
     return shape.num_layers * sum(spec.adapter.r * (rows + cols) for rows, cols in sizes)
 
 
 def layer_targets(spec: RunSpec, shape: ModelShape) -> list[str]:
     """Linear layers of a decoder layer that get an adapter."""
+    if not isinstance(spec.adapter, LoraAdapter):
+        return []
     target = spec.adapter.target
     return list(shape.linears) if target == "all-linear" else target
 
@@ -78,15 +82,27 @@ def dtype_bytes(spec: RunSpec) -> int:
     return 2 if spec.model.dtype == "bf16" else 4
 
 
-def adapter_bytes(spec: RunSpec, shape: ModelShape) -> int:
-    """Bytes of the adapter's weights, as they are trained and saved; its gradients take as many."""
-    return adapter_params(spec, shape) * (4 if spec.adapter.dtype == "fp32" else 2)
+def trained_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of the trained weights, as they are stepped and saved; their gradients take as many."""
+    return trained_params(spec, shape) * trained_dtype_bytes(spec)
+
+
+def trained_dtype_bytes(spec: RunSpec) -> int:
+    """Bytes of a trained number, and of its gradient."""
+    return 2 if spec.adapter.dtype == "bf16" else 4
+
+
+def cuts_trained(spec: RunSpec) -> bool:
+    """Whether each of a sharded run's processes has only its rows of what is trained."""
+    if spec.strategy.kind not in ("fsdp", "hsdp"):
+        return False
+    return spec.strategy.shard_adapter is True or not isinstance(spec.adapter, LoraAdapter)
 
 
 def moments_of(spec: RunSpec) -> tuple[float, str]:
     """Bytes of optimizer state for one parameter, and what they are."""
     if spec.optimizer.kind == "adamw":
-        size = 4 if spec.adapter.dtype == "fp32" else 2
+        size = trained_dtype_bytes(spec)
         return 2 * size, f"two moments of {size} bytes a parameter"
     if spec.optimizer.kind.endswith("_32bit"):
         return 8, "two moments of 4 bytes a parameter"
@@ -95,7 +111,7 @@ def moments_of(spec: RunSpec) -> tuple[float, str]:
 
 def moment_bytes(spec: RunSpec, shape: ModelShape) -> int:
     """Bytes of all optimizer state."""
-    return int(moments_of(spec)[0] * adapter_params(spec, shape))
+    return int(moments_of(spec)[0] * trained_params(spec, shape))
 
 
 def layer_bytes(spec: RunSpec, shape: ModelShape) -> int:

@@ -7,7 +7,7 @@ Validators only check. Whatever follows from a spec (world size, bytes, steps) i
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from qlora_dist.shapes import ModelShape
 from qlora_dist.spec_values import (
@@ -95,6 +95,26 @@ class LoraAdapter(Section):
     v_proj]."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the adapter's weights, gradients and optimizer moments."""
+
+
+class NoAdapter(Section):
+    """Full fine-tuning: all weights of the model are trained, and a run ends with a model."""
+
+    kind: Literal["none"] = "none"
+    """No adapter."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the trained weights, their gradients and optimizer moments. The computation is in
+    ``model.dtype`` either way."""
+
+
+def _lora_by_default(value: object) -> object:
+    """What names no kind is a LoRA adapter."""
+    return {"kind": "lora", **value} if isinstance(value, dict) else value
+
+
+Adapter = Annotated[
+    LoraAdapter | NoAdapter, Field(discriminator="kind"), BeforeValidator(_lora_by_default)
+]
 
 
 class DatasetSection(Section):
@@ -294,6 +314,10 @@ class StrategySection(Section):
     kind: StrategyKind = Field(examples=["ddp"])
     """single: one process. ddp: a whole model on each. fsdp: sharded over all. hsdp: sharded inside
     a node. zero2, zero3: DeepSpeed."""
+    shard_adapter: Literal["auto"] | Switch = "auto"
+    """Under fsdp: cut the adapter's weights and gradients into rows too, as its moments are. It
+    takes less memory, and more between the GPUs in each forward and backward pass. auto: where the
+    run does not fit without; the first attempt settles it."""
 
 
 class ResourcesSection(Section):
@@ -374,7 +398,7 @@ class RunSpec(Section):
     CPU all do."""
     model: ModelSection
     quantization: Quantization = Nf4Quantization()
-    adapter: LoraAdapter = LoraAdapter()
+    adapter: Adapter = LoraAdapter()
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection

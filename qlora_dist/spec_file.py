@@ -191,7 +191,7 @@ def _describe(item: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"{path}: no such key{_nearest(location)}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{path}.kind: say which; one of nf4, none"
+        return f"{path}.kind: say which; one of {', '.join(_kinds(_field_at(location)))}"
     field = _field_at(location)
     if kind == "missing":
         example = _example(field)
@@ -248,6 +248,12 @@ def _section_at(location: Sequence[str | int]) -> type[BaseModel] | None:
 def _field_at(location: Sequence[str | int]) -> FieldInfo | None:
     section = _section_at(location[:-1]) if location else None
     return section.model_fields.get(str(location[-1])) if section else None
+
+
+def _kinds(field: FieldInfo | None) -> list[str]:
+    """What a section's kind may be."""
+    sections = _sections_of(field.annotation) if field else ()
+    return [section.model_fields["kind"].default for section in sections]
 
 
 def _example(field: FieldInfo | None) -> str | None:

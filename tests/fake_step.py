@@ -15,10 +15,11 @@ from qlora_dist.sizes import DROPOUT_PARTS_BYTES, NF4_BLOCK
 from qlora_dist.train import adapters, dropout, lora, pointwise
 from qlora_dist.train.batch import Batch
 from qlora_dist.train.load import DTYPES, empty_base, put_whole
+from qlora_dist.train.method import dtype_of_weights, make_trainable
 from qlora_dist.train.nf4 import Nf4Tensor
 from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.quantise import Constants, Nested
-from qlora_dist.train.strategy import Gradients
+from qlora_dist.train.trained import Gradients
 
 # torch's allocator hands out multiples of this.
 ROUND = 512
@@ -70,17 +71,11 @@ def step_bytes(spec, *, attention):
     """
     dtype, device = DTYPES[spec.model.dtype], torch.device("cpu")
     with as_on_a_gpu(autocast=dtype == torch.bfloat16):
-        base = empty_base(spec, attention=attention)
-        model = adapters.add_adapter(
-            base.model,
-            spec.adapter,
-            seed=0,
-            device=torch.device("meta"),
-            autocast=dtype == torch.bfloat16,
-        ).train()
+        base = empty_base(spec, attention=attention, dtype=dtype_of_weights(spec))
+        model, _ = make_trainable(base.model, spec, device=torch.device("meta"))
         with FakeTensorMode(), Held() as held:
             for slot in base.slots:
-                put_whole(slot, _weight(slot, dtype, device))
+                put_whole(slot, _weight(slot, base.dtype, device))
             for module in model.modules():
                 for name, tensor in {**module._parameters, **module._buffers}.items():
                     if tensor is not None and not isinstance(tensor, torch._subclasses.FakeTensor):

@@ -16,10 +16,11 @@ from transformers import LlamaConfig
 from qlora_dist.plan import Topology, make_plan
 from qlora_dist.process import leave
 from qlora_dist.spec_file import spec_from_tree
-from qlora_dist.train.adapters import add_adapter, trainable
+from qlora_dist.train.adapters import trainable
 from qlora_dist.train.load import empty_base
+from qlora_dist.train.method import dtype_of_weights, make_trainable
 from qlora_dist.train.place import Place
-from qlora_dist.train.strategy import Gradients, Sharded
+from qlora_dist.train.strategy import Sharded
 from qlora_dist.train.world import World
 from tests.fake_step import Held, forward_and_backward, kernels_without_memory
 
@@ -27,7 +28,7 @@ from tests.fake_step import Held, forward_and_backward, kernels_without_memory
 NOT_COUNTED = ("workspaces",)
 
 
-def make_spec(folder, *, tokens, vocabulary, recompute):
+def make_spec(folder, *, tokens, vocabulary, recompute, trained):
     """A small LLaMA's run on two GPUs."""
     LlamaConfig(
         vocab_size=vocabulary,
@@ -43,13 +44,13 @@ def make_spec(folder, *, tokens, vocabulary, recompute):
     tree = {
         "name": "step",
         "model": {"source": str(folder), "gradient_checkpointing": recompute},
-        "quantization": {"kind": "nf4"},
-        "adapter": {"r": 8},
+        "quantization": {"kind": "none" if trained == "all" else "nf4"},
+        "adapter": {"kind": "none"} if trained == "all" else {"r": 64 if trained == "rows" else 8},
         "data": {"source": "none", "format": "input-output", "max_tokens": tokens},
         "optimizer": {"kind": "paged_adamw_32bit"},
         "schedule": {"steps": 1},
         "batch": {"global_size": 2, "micro_size": 1},
-        "strategy": {"kind": "fsdp"},
+        "strategy": {"kind": "fsdp", "shard_adapter": trained == "rows"},
         "resources": {"gpus_per_node": 2, "gpu": "h100-80gb"},
     }
     return spec_from_tree(tree)
@@ -57,28 +58,33 @@ def make_spec(folder, *, tokens, vocabulary, recompute):
 
 def count(spec, world):
     """Bytes of all tensors before a step, and the most that there were at once in it."""
-    device, strategy = world.device, Sharded(world)
+    device, strategy = world.device, Sharded(world, spec)
     with Held() as held, kernels_without_memory():
-        base = empty_base(spec, attention="sdpa", share=strategy.share)
-        model = add_adapter(base.model, spec.adapter, seed=0, device=device, autocast=True).train()
-        parameters = trainable(model)
-        strategy.shard(base.model, parameters)
+        dtype = dtype_of_weights(spec)
+        base = empty_base(spec, attention="sdpa", share=strategy.share, dtype=dtype)
+        model, _ = make_trainable(base.model, spec, device=device)
+        strategy.shard(base.model, trainable(model))
         fill_random(base, spec, device=device, put=strategy.put, share=strategy.share)
-        Gradients(parameters)
-        strategy.prepare(parameters)
+        # Optimizers keep references to what is stepped, and to its gradients.
+        trained = strategy.train(trainable(model))
         gc.collect()
         before = held.peak = held.bytes()
         forward_and_backward(model, spec, torch.bfloat16, device)
+        del trained
         return before, held.peak
 
 
-def main(tokens, vocabulary, recompute):
+def main(tokens, vocabulary, recompute, trained):
     """Count, and compare with the plan."""
     place = Place.from_env()
     world = World.start(place, Topology(1, place.size, "cpu"), timeout_s=100)
     with tempfile.TemporaryDirectory() as name:
         spec = make_spec(
-            Path(name), tokens=int(tokens), vocabulary=int(vocabulary), recompute=recompute == "yes"
+            Path(name),
+            tokens=int(tokens),
+            vocabulary=int(vocabulary),
+            recompute=recompute == "yes",
+            trained=trained,
         )
         before, peak = count(spec, world)
         memory = make_plan(spec).memory

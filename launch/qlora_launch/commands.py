@@ -311,13 +311,13 @@ def quantize_command(args: argparse.Namespace) -> int:
 
 
 def consolidate_command(args: argparse.Namespace) -> int:
-    """Write a checkpoint as an adapter."""
+    """Write a checkpoint as an adapter or a model."""
     from qlora_dist.layout import open_run
-    from qlora_dist.train.consolidate import consolidate
+    from qlora_dist.train.consolidate import consolidate, result_dir, result_name
 
     run, spec = open_run(args.run)
     checkpoint = consolidate(run, spec, args.checkpoint)
-    say(f"{run.adapter}: the adapter after step {checkpoint.step}")
+    say(f"{result_dir(run, spec)}: the {result_name(spec)} after step {checkpoint.step}")
     return 0
 
 

@@ -18,7 +18,13 @@ def shortages(plan: Plan) -> list[str]:
     """
     sizes = {line.name: line.bytes for line in plan.footprint.disk}
     run = f"checkpoints of {sizes['one checkpoint'] / GIB:.1f} GiB each (checkpoint.keep_last)"
-    wanted = [(run_dir_of(plan.spec), sizes["checkpoints"] + sizes["adapter"], run)]
+    wanted = [
+        (
+            run_dir_of(plan.spec),
+            sizes["checkpoints"] + sizes.get("adapter", sizes.get("model", 0)),
+            run,
+        )
+    ]
     nf4 = plan.spec.quantization
     if isinstance(nf4, Nf4Quantization) and nf4.cache_dir is not None:
         wanted.append((Path(nf4.cache_dir), sizes["NF4 cache"], "quantization.cache_dir"))

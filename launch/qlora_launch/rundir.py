@@ -103,7 +103,7 @@ def change_run_dir(run: RunDir, bundle: Bundle) -> None:
 
 def _has_anything(run: RunDir) -> bool:
     """Whether a run directory holds more than its launcher writes before the first start."""
-    kept = (run.owner_json, run.metrics, run.adapter, run.merged)
+    kept = (run.owner_json, run.metrics, run.adapter, run.model, run.merged)
     there = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
     return there or any(path.exists() for path in kept)
 

@@ -2,25 +2,26 @@
 
 ::
 
-    adapter.safetensors     trainable parameters
+    weights/00000.safetensors     what is trained: each rank's rows, or all of it, of rank 0
     optimizer/00000.safetensors   moments, of each rank that has some of its own
-    rng/00000.safetensors   generators of each rank
-    state.json              TrainState, the spec, and what PEFT needs to load the adapter
-    manifest.json           sizes and hashes of the rest; see qlora_dist.checkpoints
+    rng/00000.safetensors         generators of each rank
+    state.json                    TrainState, the spec, and what PEFT needs to load an adapter
+    manifest.json                 sizes and hashes of the rest; see qlora_dist.checkpoints
 
-:mod:`qlora_dist.train.saver` writes them.
+:mod:`qlora_dist.train.saver` writes them. Rows of ranks are neighbours in the order of the ranks,
+so that any number of processes, under any strategy, finds its own (:class:`SavedRows`).
 """
 
+import contextlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 from qlora_dist import __version__
 from qlora_dist.checkpoints import Checkpoint
@@ -31,9 +32,11 @@ from qlora_dist.spec import RunSpec
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.generators import seed_rng, set_rng
 from qlora_dist.train.optimizer import set_moments
+from qlora_dist.train.tensor_file import DTYPES
+from qlora_dist.train.trained import Trained
 from qlora_dist.train.world import World
 
-ADAPTER, STATE = "adapter.safetensors", "state.json"
+WEIGHTS, MOMENTS, STATE = "weights", "optimizer", "state.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -71,11 +74,9 @@ class Part:
 
     Attributes:
         attempt: Of the run; what an older one saves, when a newer has begun, is not committed.
-        parameters: Trainable parameters by name, equal on all ranks.
-        owned: Those that this process's optimizer is for.
-        saves_moments: Whether it writes their moments.
-        optimizer: Theirs.
-        target_modules: Layers that the adapter is on, as PEFT names them.
+        trained: What is trained, as this process has it.
+        optimizer: Of what it steps.
+        target_modules: Layers that an adapter is on, as PEFT names them.
         corpus_sha256: Of the corpus; a run goes on only with the one it began with.
         say: Takes lines for a person.
     """
@@ -84,9 +85,7 @@ class Part:
     attempt: int
     spec: RunSpec
     world: World
-    parameters: Mapping[str, nn.Parameter]
-    owned: Mapping[str, nn.Parameter]
-    saves_moments: bool
+    trained: Trained
     optimizer: Any
     target_modules: list[str]
     corpus_sha256: str
@@ -112,9 +111,15 @@ def rng_name(rank: int) -> str:
 
 def moments_name(rank: int) -> str:
     """The moments that a rank saves, as a name in a checkpoint."""
-    return f"optimizer/{rank:05d}.safetensors"
+    return f"{MOMENTS}/{rank:05d}.safetensors"
 
 
+def weights_name(rank: int) -> str:
+    """The weights that a rank saves, as a name in a checkpoint."""
+    return f"{WEIGHTS}/{rank:05d}.safetensors"
+
+
+@torch.no_grad()
 def restore(part: Part, checkpoint: Checkpoint) -> TrainState:
     """Put a checkpoint's state into the parameters, the optimizer and the generators.
 
@@ -133,37 +138,103 @@ def restore(part: Part, checkpoint: Checkpoint) -> TrainState:
             " put it back, or start a new run"
         )
     _say_changes(part, manifest)
-    weights = load_file(path / ADAPTER)
-    if set(weights) != set(part.parameters):
-        odd = sorted(set(weights) ^ set(part.parameters))
-        raise CheckpointError(f"{path}: does not fit the model: {', '.join(odd[:3])}")
-    for name, parameter in part.parameters.items():
-        parameter.data.copy_(weights[name])
     state = TrainState(**tree["train"])
-    saved = _read_moments(part, checkpoint)
-    set_moments(part.spec.optimizer, part.optimizer, part.owned, saved, step=state.step)
+    with SavedRows(checkpoint, WEIGHTS) as weights, SavedRows(checkpoint, MOMENTS) as moments:
+        weights.check({name: held.shape for name, held in part.trained.held.items()})
+        for name, held in part.trained.held.items():
+            held.tensor.copy_(weights.read(name, held.first, len(held.tensor)))
+        _restore_moments(part, moments, step=state.step)
     _restore_rng(part, checkpoint, state)
     return state
 
 
-def _read_moments(part: Part, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Moments of this process's parameters, whichever ranks saved them.
+def _restore_moments(part: Part, saved: "SavedRows", *, step: int) -> None:
+    """Put back the moments of what this process steps, whichever ranks saved them."""
+    held, stepped = part.trained.held, part.trained.stepped
+    parameter_of = {key: key.rpartition(".")[0] for key in saved.names}
+    if odd := sorted(set(parameter_of.values()) - set(held)):
+        raise CheckpointError(f"{saved.path}: does not fit the model: {', '.join(odd[:3])}")
 
-    Raises:
-        CheckpointError: There are moments of other parameters than the run's.
+    def read(key: str) -> torch.Tensor:
+        its = held[parameter_of[key]]
+        if tuple(its.tensor.shape) == its.shape:
+            return saved.read_whole(key)
+        return saved.read(key, its.first, len(its.tensor))
+
+    mine = [key for key, name in parameter_of.items() if name in stepped]
+    set_moments(part.spec.optimizer, part.optimizer, stepped, mine, read, step=step)
+
+
+class SavedRows:
+    """Tensors of a checkpoint that one rank saved whole, or several as neighbouring rows.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: Of the files, inside it.
+
+    Attributes:
+        path: Of the checkpoint.
     """
-    found: dict[str, torch.Tensor] = {}
-    for name in sorted(checkpoint.manifest["files"]):
-        if not name.startswith("optimizer/"):
-            continue
-        with safe_open(checkpoint.path / name, "pt") as file:
+
+    def __init__(self, checkpoint: Checkpoint, folder: str) -> None:
+        self.path = checkpoint.path
+        self._names = sorted(
+            name for name in checkpoint.manifest["files"] if name.startswith(f"{folder}/")
+        )
+        self._open = contextlib.ExitStack()
+        self._parts: dict[str, list[Any]] = {}
+
+    def __enter__(self) -> "SavedRows":
+        for name in self._names:
+            file = self._open.enter_context(safe_open(self.path / name, "pt"))
             for key in file.keys():  # noqa: SIM118 - no mapping
-                parameter = key.rpartition(".")[0]
-                if parameter not in part.parameters:
-                    raise CheckpointError(f"{checkpoint.path}: does not fit the model: {key}")
-                if parameter in part.owned:
-                    found[key] = file.get_tensor(key)
-    return found
+                self._parts.setdefault(key, []).append(file.get_slice(key))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._parts.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of all rows of a tensor."""
+        shapes = [part.get_shape() for part in self._parts[name]]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with those of the model.
+
+        Raises:
+            CheckpointError: They differ.
+        """
+        there = {name: self.shape(name) for name in self.names}
+        odd = [name for name in sorted({*there, *shapes}) if there.get(name) != shapes.get(name)]
+        if odd:
+            raise CheckpointError(f"{self.path}: does not fit the model: {', '.join(odd[:3])}")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return DTYPES[self._parts[name][0].get_dtype()]
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """All rows of a tensor."""
+        return self.read(name, 0, self.shape(name)[0])
+
+    def read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Neighbouring rows of a tensor."""
+        found, begin = [], 0
+        for part in self._parts[name]:
+            rows = part.get_shape()[0]
+            a, b = max(first - begin, 0), min(first + count - begin, rows)
+            if a < b:
+                found.append(part[a:b])
+            begin += rows
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found) if found else self._parts[name][0][0:0]
 
 
 def _restore_rng(part: Part, checkpoint: Checkpoint, state: TrainState) -> None:

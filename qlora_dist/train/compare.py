@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qlora_dist import checkpoints
 from qlora_dist.layout import RunDir
-from qlora_dist.train.checkpoint import STATE
+from qlora_dist.train.checkpoint import MOMENTS, STATE, WEIGHTS, SavedRows
 from qlora_dist.train.digest import tensors_sha256
 
 # Of a metrics record, what must be equal; floats as hex, so that a report shows every bit.
@@ -29,19 +29,18 @@ def differences(left: RunDir, right: RunDir) -> list[str]:
 def fingerprint(run: RunDir) -> dict[str, str]:
     """Hashes of the newest checkpoint's parts."""
     path = checkpoints.committed_paths(run.checkpoints)[0]
+    checkpoint = checkpoints.read_manifest(path)
     state = json.loads((path / STATE).read_text(encoding="utf-8"))["train"]
     del state["metrics_bytes"]  # times in metrics.jsonl have no fixed width
-    parts: dict[str, dict[str, Any]] = {}
-    for file in sorted(path.rglob("*.safetensors")):
-        name = file.relative_to(path).as_posix()
-        # However the moments are shared out, they are the run's.
-        parts.setdefault(name.split("/")[0] if "optimizer/" in name else name, {}).update(
-            load_file(file)
-        )
-    return {
-        **{name: tensors_sha256(tensors) for name, tensors in parts.items()},
-        "state": json.dumps(state, sort_keys=True),
-    }
+    found = {"state": json.dumps(state, sort_keys=True)}
+    # However they lie over the processes, they are the run's.
+    for folder in (WEIGHTS, MOMENTS):
+        with SavedRows(checkpoint, folder) as saved:
+            found[folder] = tensors_sha256({key: saved.read_whole(key) for key in saved.names})
+    for name in checkpoint.manifest["files"]:
+        if name.startswith("rng/"):
+            found[name] = tensors_sha256(load_file(path / name))
+    return found
 
 
 def records(run: RunDir) -> dict[tuple[str, int], dict[str, Any]]:

@@ -13,7 +13,7 @@ from qlora_dist import checkpoints
 from qlora_dist.errors import CheckpointError, DataError, ModelError, RunDirError, UserError
 from qlora_dist.files import remove_tree, replace_dir, write_json
 from qlora_dist.layout import RunDir
-from qlora_dist.spec import Nf4Quantization, RunSpec
+from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
 from qlora_dist.train.measure import (
     Figures,
     Rows,
@@ -73,6 +73,11 @@ def export(
 
     Whatever is raised, ``output`` is as it was and nothing is left beside it.
     """
+    if not isinstance(spec.adapter, LoraAdapter):
+        raise UserError(
+            f"{run.root} has no adapter to merge: its own weights were trained, and {run.model} is "
+            "the model"
+        )
     kinds = _kinds(spec, base, ticker, check=check)
     _refuse_to_overwrite(output)
     sources = open_sources(run, spec, kinds=kinds)

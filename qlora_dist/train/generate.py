@@ -12,8 +12,9 @@ from qlora_dist.data.formats import prompt_of
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import ModelError, RunDirError
 from qlora_dist.layout import RunDir, open_run
-from qlora_dist.spec import RunSpec
+from qlora_dist.spec import LoraAdapter, RunSpec
 from qlora_dist.spec_file import spec_from_tree
+from qlora_dist.train.consolidate import TRAINING, result_dir, result_name
 from qlora_dist.train.evaluate import evaluation_mode
 from qlora_dist.train.export import MARK
 from qlora_dist.train.load import load_base
@@ -122,7 +123,9 @@ def open_generator(path: Path, *, base_only: bool = False, raw: bool = False) ->
     path = path.expanduser()
     if (path / "run.json").exists():
         run, spec = open_run(path)
-        return _with_adapter(spec, None if base_only else _adapter_of(run), raw=raw)
+        if not (base_only or isinstance(spec.adapter, LoraAdapter)):
+            return _whole_model(_result_of(run, spec), raw=raw)
+        return _with_adapter(spec, None if base_only else _result_of(run, spec), raw=raw)
     if (path / "adapter_config.json").exists():
         spec = _spec_of_adapter(path)
         return _with_adapter(spec, None if base_only else path, raw=raw)
@@ -143,16 +146,18 @@ def _streamer(tokenizer: Any, takers: Sequence[Callable[[str], None]]) -> Any:
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _adapter_of(run: RunDir) -> Path:
-    if not run.adapter.exists():
+def _result_of(run: RunDir, spec: RunSpec) -> Path:
+    folder = result_dir(run, spec)
+    if not folder.exists():
         raise RunDirError(
-            f"{run.root} has no adapter yet; write it with: qlora consolidate {run.root}"
+            f"{run.root} has no {result_name(spec)} yet; write it with: qlora consolidate "
+            f"{run.root}"
         )
-    return run.adapter
+    return folder
 
 
 def _spec_of_adapter(path: Path) -> RunSpec:
-    training = path / "training.json"
+    training = path / TRAINING
     if not training.exists():
         raise RunDirError(
             f"{path} was not made by this project: it has no training.json that says how its base "
@@ -190,5 +195,6 @@ def _whole_model(path: Path, *, raw: bool) -> Generator:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
-    spec = _read_spec(path / MARK) if (path / MARK).is_file() else None
+    marks = [path / name for name in (MARK, TRAINING) if (path / name).is_file()]
+    spec = _read_spec(marks[0]) if marks else None
     return Generator(model, tokenizer, spec, raw)

@@ -32,19 +32,24 @@ class EmptyBase:
     Attributes:
         model: On the meta device but for what it computes by itself.
         slots: Its parameters.
+        dtype: Of those that are not quantised.
     """
 
     model: Any
     slots: Sequence[Slot]
+    dtype: torch.dtype
 
 
-def empty_base(spec: RunSpec, *, attention: str, share: Share = WHOLE) -> EmptyBase:
+def empty_base(
+    spec: RunSpec, *, attention: str, share: Share = WHOLE, dtype: torch.dtype | None = None
+) -> EmptyBase:
     """Build the base, frozen, in evaluation mode, with no memory for its weights.
 
     Args:
         spec: Names the model and its quantisation.
         attention: Name of the attention kernel.
         share: Which rows this process is going to hold.
+        dtype: Of weights that are not quantised, if not ``model.dtype``.
 
     Returns:
         A transformers causal language model; its linear layers but the head are ``Nf4Linear`` under
@@ -58,7 +63,7 @@ def empty_base(spec: RunSpec, *, attention: str, share: Share = WHOLE) -> EmptyB
 
     if attention == VARLEN:
         register()
-    dtype = DTYPES[spec.model.dtype]
+    dtype = dtype or DTYPES[spec.model.dtype]
     try:
         config = AutoConfig.from_pretrained(**_origin(spec))
         # A base that was quantised before is filled like any other.
@@ -85,12 +90,13 @@ def empty_base(spec: RunSpec, *, attention: str, share: Share = WHOLE) -> EmptyB
     model.config.use_cache = False
     if spec.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return EmptyBase(model, _slots(model))
+    return EmptyBase(model, _slots(model), dtype)
 
 
 def put_whole(slot: Slot, rows: torch.Tensor) -> None:
     """Give a parameter all of its rows, wherever it is used."""
-    parameter = nn.Parameter(rows, requires_grad=False)
+    old = slot.module._parameters[slot.name]
+    parameter = nn.Parameter(rows, requires_grad=old is not None and old.requires_grad)
     for module, name in slot.places:
         module._parameters[name] = parameter
 
@@ -131,7 +137,7 @@ def fill_base(
         slots=base.slots,
         files=find_files(folder or base_folder(spec)),
         device=device,
-        dtype=DTYPES[spec.model.dtype],
+        dtype=base.dtype,
         double=nf4 is not None and nf4.double,
         share=share,
         gather=gather,

@@ -17,7 +17,7 @@ from qlora_dist.data.tokens import Sample
 from qlora_dist.errors import ModelError
 from qlora_dist.layout import RunDir
 from qlora_dist.sizes import GIB
-from qlora_dist.spec import RunSpec
+from qlora_dist.spec import LoraAdapter, RunSpec
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.batch import IGNORE, make_batch
 from qlora_dist.train.consolidate import PEFT_WEIGHTS
@@ -154,6 +154,7 @@ def _samples(run: RunDir, spec: RunSpec) -> tuple[Sequence[Sample], str]:
 
 def _load_trained(run: RunDir, spec: RunSpec, device: torch.device) -> Any:
     base = load_base(spec, device=device, attention=_ATTENTION)
+    assert isinstance(spec.adapter, LoraAdapter)
     model = add_adapter(base, spec.adapter, seed=spec.seed, device=device)
     parameters = trainable(model)
     with safe_open(run.adapter / PEFT_WEIGHTS, "pt") as file:

@@ -13,17 +13,14 @@ from safetensors import SafetensorError, safe_open
 from qlora_dist.errors import ModelError, RunDirError
 from qlora_dist.layout import RunDir
 from qlora_dist.sizes import NF4_BLOCK
-from qlora_dist.spec import Nf4Quantization, RunSpec
-from qlora_dist.train.consolidate import PEFT_WEIGHTS
+from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
+from qlora_dist.train.consolidate import INDEX, PEFT_WEIGHTS, SINGLE
 from qlora_dist.train.load import COMPANIONS, base_folder, quantised_layers
 from qlora_dist.train.load import DTYPES as MODEL_DTYPES
 from qlora_dist.train.tensor_file import DTYPES, Entry, write_tensors
 
 # What the adapter is added to: the base as it was published, or as the adapter saw it in training.
 BaseKind = Literal["16bit", "dequantized"]
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,7 @@ def open_sources(run: RunDir, spec: RunSpec, *, kinds: Collection[BaseKind]) -> 
         ModelError: The base is missing or unreadable, or lacks a matrix that the adapter is for or
             that training quantised.
     """
+    assert isinstance(spec.adapter, LoraAdapter)
     adapter = Adapter(run, scale=spec.adapter.alpha / spec.adapter.r)
     folder = base_folder(spec)
     files = _weight_files(folder)
@@ -171,15 +169,15 @@ def _open_weights(run: RunDir) -> Any:
 
 
 def _weight_files(base: Path) -> tuple[str, ...]:
-    if (base / _INDEX).is_file():
-        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         names = tuple(sorted(set(index["weight_map"].values())))
         # An index is a stranger's file: its names must not lead out of the folder.
         if any(Path(name).name != name for name in names):
-            raise ModelError(f"model.source: {base / _INDEX} names files outside its folder")
+            raise ModelError(f"model.source: {base / INDEX} names files outside its folder")
         return names
-    if (base / _SINGLE).is_file():
-        return (_SINGLE,)
+    if (base / SINGLE).is_file():
+        return (SINGLE,)
     raise ModelError(f"model.source: {base} holds no safetensors weights")
 
 

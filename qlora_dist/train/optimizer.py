@@ -1,7 +1,7 @@
 """AdamW, torch's or bitsandbytes', its learning rate, and its state by parameter name."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,16 +20,23 @@ _BITSANDBYTES = ("state1", "state2", "absmax1", "absmax2")
 
 
 def make_optimizer(section: OptimizerSection, parameters: Mapping[str, nn.Parameter]) -> Any:
-    """The optimizer that a spec names, over parameters that are on their device."""
+    """The optimizer that a spec names, over parameters that are on their device.
+
+    Norms and biases do not decay, as in transformers' Trainer.
+    """
     tensors = list(parameters.values())
+    groups = [
+        {"params": [p for p in tensors if p.ndim > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {
         "lr": section.lr,
         "betas": (section.beta1, section.beta2),
         "eps": section.eps,
-        "weight_decay": section.weight_decay,
     }
     if section.kind == "adamw":
-        return torch.optim.AdamW(tensors, fused=tensors[0].device.type == "cuda", **common)
+        return torch.optim.AdamW(groups, fused=tensors[0].device.type == "cuda", **common)
     from bitsandbytes import optim
 
     kinds = {
@@ -37,7 +44,7 @@ def make_optimizer(section: OptimizerSection, parameters: Mapping[str, nn.Parame
         "adamw_8bit": optim.AdamW8bit,
         "paged_adamw_8bit": optim.PagedAdamW8bit,
     }
-    return kinds[section.kind](tensors, **common)
+    return kinds[section.kind](groups, **common)
 
 
 def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -66,26 +73,37 @@ def set_moments(
     section: OptimizerSection,
     optimizer: Any,
     parameters: Mapping[str, nn.Parameter],
-    saved: Mapping[str, torch.Tensor],
+    names: Collection[str],
+    read: Callable[[str], torch.Tensor],
     *,
     step: int,
 ) -> None:
     """Put back what :func:`moments` gave after ``step`` steps.
 
+    Args:
+        section: What made the optimizer.
+        optimizer: A fresh one.
+        parameters: What it is for.
+        names: Those moments of these that are there.
+        read: Gives one of them.
+        step: Steps that are behind it.
+
     Raises:
         CheckpointError: Not every moment is there, or there are others.
     """
     if step:
-        for index, parameter in enumerate(parameters.values()):
-            _allocate(section, optimizer, index, parameter, step)
+        for group, members in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(members["params"]):
+                _allocate(section, optimizer, (group, index), parameter, step)
     own = moments(optimizer, parameters)
-    if set(own) != set(saved):
-        odd = sorted(set(own) ^ set(saved))
+    if set(own) != set(names):
+        odd = sorted(set(own) ^ set(names))
         raise CheckpointError(f"the optimizer's state does not fit the model: {', '.join(odd[:3])}")
     for name, tensor in own.items():
-        if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+        saved = read(name)
+        if tensor.shape != saved.shape or tensor.dtype != saved.dtype:
             raise CheckpointError(f"the optimizer's state does not fit the model: {name}")
-        tensor.copy_(saved[name])
+        tensor.copy_(saved)
     if any(parameter.device.type == "cuda" for parameter in parameters.values()):
         torch.cuda.synchronize()
 
@@ -116,15 +134,22 @@ class _Managed:
 
 
 def _allocate(
-    section: OptimizerSection, optimizer: Any, index: int, parameter: nn.Parameter, step: int
+    section: OptimizerSection,
+    optimizer: Any,
+    place: tuple[int, int],
+    parameter: nn.Parameter,
+    step: int,
 ) -> None:
-    """Give a parameter's moments memory of the kind that the optimizer itself would take."""
+    """Give a parameter's moments memory of the kind that the optimizer itself would take.
+
+    Its place is the number of its group, and its own in that.
+    """
     if section.kind != "adamw":
         if not optimizer.initialized:
             optimizer.check_overrides()
             optimizer.to_gpu()
             optimizer.initialized = True
-        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+        optimizer.init_state(optimizer.param_groups[place[0]], parameter, *place)
         optimizer.state[parameter]["step"] = step
         return
     # torch keeps the step on the device for its fused kernel, and on the CPU otherwise.

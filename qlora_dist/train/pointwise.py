@@ -24,7 +24,7 @@ def fuse(model: nn.Module) -> None:
     """Have the norms, gates and rotations of a decoder of a known family computed so in training.
 
     Args:
-        model: A decoder whose norms are frozen, maybe inside of a ``PeftModel``.
+        model: A decoder, maybe inside of a ``PeftModel``.
     """
     for module in model.modules():
         source = sys.modules[type(module).__module__]
@@ -39,8 +39,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    # A frozen weight: its gradient is not computed.
-    if not self.training or self.weight.requires_grad:
+    if not self.training:
         theirs: torch.Tensor = type(self).forward(self, x)
         return theirs
     y: torch.Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
@@ -78,12 +77,17 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         y, rstd = normalised(x, eps)
         ctx.save_for_backward(x, rstd, weight)
-        return y.mul_(weight)
+        return y.mul_(weight.to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, rstd, weight = ctx.saved_tensors
-        return normalised_backward(grad * weight, x, rstd), None, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            each = grad * (x.float() * rstd).to(x.dtype)
+            grad_weight = each.view(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(weight.dtype)
+            del each
+        return normalised_backward(grad * weight.to(grad.dtype), x, rstd), grad_weight, None
 
 
 class _Gate(torch.autograd.Function):

@@ -1,9 +1,6 @@
 """The longest batch that is to come, tried before the first step: memory runs out now, or never."""
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
 
 from qlora_dist.data.schedule import longest_micro_batch
 from qlora_dist.errors import BadNodeError, PlanError
@@ -22,13 +19,12 @@ from qlora_dist.train.trainer import Training
 _OTHERS_BYTES = 2 * GIB
 
 
-def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) -> None:
+def rehearse(t: Training, state: TrainState) -> None:
     """Run the longest batch forward and backward, and leave no trace of it; all ranks together.
 
     Args:
         t: A training that is ready to begin.
         state: Where it begins.
-        owned: The parameters that this process's optimizer is for.
 
     Raises:
         PlanError: It does not fit.
@@ -52,7 +48,7 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
     generators = get_rng(t.world.device)
     try:
         # They are made at the first step, and stay.
-        moments = _room_for_moments(t, owned) if state.step == 0 else None
+        moments = _room_for_moments(t) if state.step == 0 else None
         with t.autocast():
             loss = summed_loss(t.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -60,7 +56,7 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
         _blame_others(t.world.device)
         raise PlanError(_too_large(t, batch.input_ids.shape, error)) from error
     del moments, loss
-    t.gradients.zero()
+    t.trained.zero()
     set_rng(generators, t.world.device)
     if t.world.device.type == "cuda":
         peak, planned = torch.cuda.max_memory_allocated(), t.plan.memory.peak_bytes
@@ -70,11 +66,11 @@ def rehearse(t: Training, state: TrainState, owned: Mapping[str, nn.Parameter]) 
         )
 
 
-def _room_for_moments(t: Training, owned: Mapping[str, nn.Parameter]) -> torch.Tensor | None:
+def _room_for_moments(t: Training) -> torch.Tensor | None:
     section = t.plan.spec.optimizer
     if section.kind.startswith("paged_"):
         return None
-    size = sum(moment_bytes(section, parameter) for parameter in owned.values())
+    size = sum(moment_bytes(section, parameter) for parameter in t.trained.stepped.values())
     return torch.empty(size, dtype=torch.uint8, device=t.world.device)
 
 

@@ -19,7 +19,14 @@ from qlora_dist.checkpoints import Written
 from qlora_dist.errors import CheckpointError, QLoRAError
 from qlora_dist.files import SEEN_WITHIN_S, fsync_file, sha256_file, wait_for, write_json
 from qlora_dist.layout import newest_attempt
-from qlora_dist.train.checkpoint import ADAPTER, STATE, Part, TrainState, moments_name, rng_name
+from qlora_dist.train.checkpoint import (
+    STATE,
+    Part,
+    TrainState,
+    moments_name,
+    rng_name,
+    weights_name,
+)
 from qlora_dist.train.generators import get_rng
 from qlora_dist.train.log import Metrics
 from qlora_dist.train.optimizer import moment_bytes, moments
@@ -84,11 +91,10 @@ class Saver:
 
     def prepare(self) -> None:
         """Take the memory for copies before training, where nobody waits for it."""
-        size = 0
-        if self._world.rank == 0:
-            size += sum(p.nbytes + ALIGNMENT for p in self._part.parameters.values())
-        if self._part.saves_moments:
-            for parameter in self._part.owned.values():
+        trained = self._part.trained
+        size = sum(tensor.nbytes + ALIGNMENT for tensor in trained.saved.values())
+        if trained.saves_moments:
+            for parameter in trained.stepped.values():
                 # At most two moments with their constants.
                 size += moment_bytes(self._part.spec.optimizer, parameter) + 4 * ALIGNMENT
         self._snapshot.reserve(size, page_locked=self._world.device.type == "cuda")
@@ -123,13 +129,12 @@ class Saver:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What this process writes, as ``FILE:TENSOR``; the tensors themselves."""
-        part = self._part
-        found: dict[str, torch.Tensor] = {}
-        if self._world.rank == 0:
-            found |= {f"{ADAPTER}:{name}": p for name, p in part.parameters.items()}
-        if part.saves_moments:
+        part, trained = self._part, self._part.trained
+        file = weights_name(self._world.rank)
+        found = {f"{file}:{name}": tensor for name, tensor in trained.saved.items()}
+        if trained.saves_moments:
             file = moments_name(self._world.rank)
-            own = moments(part.optimizer, part.owned)
+            own = moments(part.optimizer, trained.stepped)
             found |= {f"{file}:{name}": tensor for name, tensor in own.items()}
         return found
 
@@ -256,8 +261,9 @@ class Saver:
 
     def _by_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors by file; a file of moments is there before the first of them is."""
-        mine = [ADAPTER] * (self._world.rank == 0)
-        mine += [moments_name(self._world.rank)] * self._part.saves_moments
+        trained = self._part.trained
+        mine = [weights_name(self._world.rank)] * bool(trained.saved)
+        mine += [moments_name(self._world.rank)] * trained.saves_moments
         found: dict[str, dict[str, torch.Tensor]] = {file: {} for file in mine}
         for name, tensor in tensors.items():
             file, _, own = name.partition(":")

@@ -24,15 +24,16 @@ from qlora_dist.errors import CheckpointError, PlanError, QLoRAError, RunDirErro
 from qlora_dist.files import SEEN_WITHIN_S, wait_for
 from qlora_dist.layout import RunDir, corpora_dir, open_run
 from qlora_dist.plan import Length, Plan, attention_of, make_plan, plan_length
-from qlora_dist.spec import RunSpec
-from qlora_dist.train.adapters import add_adapter, target_modules, trainable
+from qlora_dist.spec import LoraAdapter, RunSpec
+from qlora_dist.train.adapters import trainable
 from qlora_dist.train.attention import VARLEN
 from qlora_dist.train.checkpoint import Part, TrainState, restore
-from qlora_dist.train.consolidate import consolidate, consolidated_at
+from qlora_dist.train.consolidate import consolidate, consolidated_at, result_dir, result_name
 from qlora_dist.train.generators import seed_rng
 from qlora_dist.train.gpu_check import check_gpu
 from qlora_dist.train.load import check_shape, empty_base, linear_layers
 from qlora_dist.train.log import EverySoOften, Metrics, RunLog
+from qlora_dist.train.method import dtype_of_weights, make_trainable
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
 from qlora_dist.train.preempt import Preempted, StopRequest
@@ -40,7 +41,7 @@ from qlora_dist.train.pulse import Pulse
 from qlora_dist.train.rehearsal import rehearse
 from qlora_dist.train.saver import Saver
 from qlora_dist.train.stopwatch import Stopwatch
-from qlora_dist.train.strategy import STRATEGIES, Gradients
+from qlora_dist.train.strategy import STRATEGIES
 from qlora_dist.train.trainer import Training, fit
 from qlora_dist.train.weights import load_weights
 from qlora_dist.train.world import World
@@ -118,35 +119,24 @@ def _train(
     world.pulse.at("loading the model")
     faults.reach("load")
     attention = attention_of(spec)
-    strategy = STRATEGIES[spec.strategy.kind](world)
-    base = empty_base(spec, attention=attention, share=strategy.share)
+    strategy = STRATEGIES[spec.strategy.kind](world, spec)
+    base = empty_base(spec, attention=attention, share=strategy.share, dtype=dtype_of_weights(spec))
     check_shape(base.model, plan)
-    targets, num_linear = target_modules(base.model, spec.adapter), len(linear_layers(base.model))
-    model = add_adapter(
-        base.model,
-        spec.adapter,
-        seed=spec.seed,
-        device=world.device,
-        autocast=spec.model.dtype == "bf16",
-    )
-    model.train()
-    parameters = trainable(model)
-    _say_model(log, plan, targets, parameters, num_linear)
-    strategy.shard(base.model, parameters)
+    layers = len(linear_layers(base.model))
+    model, targets = make_trainable(base.model, spec, device=world.device)
+    _say_model(log, plan, targets, trainable(model), layers)
+    strategy.shard(base.model, trainable(model))
     load_weights(base, spec, world, strategy, stop, check_stop, log, place.local_dir)
     clock.lap("model")
 
-    gradients = Gradients(parameters)
-    owned = strategy.owned(parameters)
-    optimizer = make_optimizer(spec.optimizer, owned)
+    trained = strategy.train(trainable(model))
+    optimizer = make_optimizer(spec.optimizer, trained.stepped)
     part = Part(
         run=run,
         attempt=progress.attempt,
         spec=spec,
         world=world,
-        parameters=parameters,
-        owned=owned,
-        saves_moments=strategy.saves_moments,
+        trained=trained,
         optimizer=optimizer,
         target_modules=targets,
         corpus_sha256=corpus.store.sha256,
@@ -157,7 +147,7 @@ def _train(
         state = restore(part, checkpoint)
         log.say(f"resumed after step {state.step} from {checkpoint.path.name}")
     _check_steps(length, state)
-    strategy.prepare(parameters)
+    trained.check()
     metrics = Metrics(run.metrics, world, progress.attempt)
     metrics.cut(state.metrics_bytes)
     saver = Saver(part, metrics, state)
@@ -174,10 +164,8 @@ def _train(
         pad_id=corpus.store.facts["pad_id"],
         schedule=make_schedule(spec, corpus),
         model=model,
-        parameters=parameters,
+        trained=trained,
         optimizer=optimizer,
-        strategy=strategy,
-        gradients=gradients,
         autocast=autocast,
         saver=saver,
         metrics=metrics,
@@ -187,7 +175,7 @@ def _train(
     training.step = state.step
     clock.lap("the rest")
     try:
-        rehearse(training, state, owned)
+        rehearse(training, state)
         clock.lap("the longest batch")
         log.say(f"ready after {clock}")
         end = fit(training, state)
@@ -195,12 +183,24 @@ def _train(
         progress.step = training.step
         saver.close()
         finish_tracking()
-    # A run that was finished already keeps the adapter that it has, which may be a chosen one.
-    world.pulse.at("writing the adapter")
-    if world.rank == 0 and consolidated_at(run) != end.step:
-        consolidate(run, spec)
-        log.say(f"adapter written to {run.adapter}")
-    world.barrier()
+    _write_result(run, spec, world, stop, log, end)
+
+
+def _write_result(
+    run: RunDir, spec: RunSpec, world: World, stop: StopRequest, log: RunLog, end: TrainState
+) -> None:
+    """The adapter or the model, of the last checkpoint.
+
+    A run that was finished already keeps what it has, which may be of a chosen checkpoint.
+    """
+
+    def work(check: Callable[[], None]) -> None:
+        if consolidated_at(run, spec) != end.step:
+            consolidate(run, spec, on_tensor=check)
+            log.say(f"{result_name(spec)} written to {result_dir(run, spec)}")
+
+    world.pulse.at(f"writing the {result_name(spec)}")
+    world.on_rank_0("result", work, stop.here)
 
 
 @contextmanager
@@ -315,15 +315,17 @@ def _say_data(log: RunLog, spec: RunSpec, corpus: Corpus, length: Length) -> Non
 def _say_model(
     log: RunLog, plan: Plan, targets: list[str], parameters: Any, num_layers: int
 ) -> None:
-    count = sum(p.numel() for p in parameters.values())
-    if count != plan.num_adapter_params:
+    count, adapter = sum(p.numel() for p in parameters.values()), plan.spec.adapter
+    if count != plan.num_trained_params:
         raise QLoRAError(
             f"adapter: {count:,} trainable parameters, and the plan counted "
-            f"{plan.num_adapter_params:,}"
+            f"{plan.num_trained_params:,}"
         )
-    adapted = len(parameters) // 2
+    if not isinstance(adapter, LoraAdapter):
+        log.say(f"full fine-tuning: all {count:,} parameters, in {adapter.dtype}")
+        return
     log.say(
-        f"adapter: r={plan.spec.adapter.r} on {adapted} of {num_layers} linear layers "
+        f"adapter: r={adapter.r} on {len(parameters) // 2} of {num_layers} linear layers "
         f"({', '.join(targets)}), {count:,} parameters"
     )
 

@@ -1,6 +1,7 @@
-"""How the trainable state lies over the processes, and how gradients meet.
+"""How the model lies over the processes.
 
-A strategy is a class with the methods of :class:`Strategy`, and one line in ``STRATEGIES``.
+A strategy is a class with the methods of :class:`Strategy`, and one line in ``STRATEGIES``. What of
+it is trained, and how gradients meet, is :mod:`qlora_dist.train.trained`.
 """
 
 from collections.abc import Mapping
@@ -8,40 +9,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from qlora_dist.errors import QLoRAError
-from qlora_dist.train.digest import tensors_sha256
+from qlora_dist.sizes import cuts_trained
+from qlora_dist.spec import LoraAdapter, RunSpec
 from qlora_dist.train.fill import WHOLE, Share, Slot
-from qlora_dist.train.load import put_whole
+from qlora_dist.train.load import DTYPES, put_whole
+from qlora_dist.train.trained import Rows, Trained, Whole
 from qlora_dist.train.world import World
-
-
-class Gradients:
-    """The gradients of all trainable parameters in one flat buffer, in the order of the model.
-
-    Backward passes add into it in place, and one collective reduces it, so that sums have one
-    fixed order.
-
-    Args:
-        parameters: Trainable parameters, all of one dtype and device.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        tensors = list(parameters.values())
-        assert len({(p.dtype, p.device) for p in tensors}) == 1
-        size = sum(p.numel() for p in tensors)
-        self.buffer = torch.zeros(size, dtype=tensors[0].dtype, device=tensors[0].device)
-        offset = 0
-        for parameter in tensors:
-            view = self.buffer[offset : offset + parameter.numel()]
-            parameter.grad = view.view_as(parameter)
-            offset += parameter.numel()
-
-    def zero(self) -> None:
-        """Forget the last step's."""
-        self.buffer.zero_()
 
 
 class Strategy(Protocol):
@@ -49,34 +25,22 @@ class Strategy(Protocol):
 
     Attributes:
         share: Which rows of the base this process holds.
-        saves_moments: Whether this process writes the moments that its optimizer has.
     """
 
     share: Share
-    saves_moments: bool
+
+    def __init__(self, world: World, spec: RunSpec) -> None: ...
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Arrange the base, which has no weights yet; not the trainable parameters in it."""
+        """Arrange the base, whose weights are not there yet, and the trainable parameters in it."""
         ...
 
     def put(self, slot: Slot, rows: torch.Tensor) -> None:
         """Take this process's rows of a weight of the base."""
         ...
 
-    def owned(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
-        """The trainable parameters that this process's optimizer is for."""
-        ...
-
-    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Check or arrange the trainable parameters before the first step."""
-        ...
-
-    def reduce(self, gradients: Gradients) -> None:
-        """Turn each rank's gradients into those of the global batch."""
-        ...
-
-    def spread(self) -> None:
-        """Give every process what the others' optimizers have made of the parameters."""
+    def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """Take charge of the trainable parameters, once all weights are there."""
         ...
 
 
@@ -84,10 +48,10 @@ class Single:
     """One process."""
 
     share = WHOLE
-    saves_moments = True
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, spec: RunSpec) -> None:
         assert world.size == 1
+        self._world = world
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Nothing to arrange."""
@@ -96,18 +60,9 @@ class Single:
         """It is the whole weight."""
         put_whole(slot, rows)
 
-    def owned(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
-        """All of them."""
-        return parameters
-
-    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Nothing to arrange."""
-
-    def reduce(self, gradients: Gradients) -> None:
-        """The rank's gradients are the batch's."""
-
-    def spread(self) -> None:
-        """There are no others."""
+    def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """All of them are here."""
+        return Whole(parameters, self._world, shares_moments=False)
 
 
 class Replicated:
@@ -120,9 +75,8 @@ class Replicated:
 
     share = WHOLE
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, spec: RunSpec) -> None:
         self._world = world
-        self.saves_moments = world.rank == 0
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Nothing to arrange."""
@@ -131,49 +85,41 @@ class Replicated:
         """It is the whole weight."""
         put_whole(slot, rows)
 
-    def owned(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
-        """All of them: every process takes the same step."""
-        return parameters
-
-    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Check that all processes begin with the same bytes.
-
-        Raises:
-            QLoRAError: They do not.
-        """
-        check_equal(parameters, self._world)
-
-    def reduce(self, gradients: Gradients) -> None:
-        """Sum over all processes; each has divided by the targets of the whole batch already."""
-        self._world.sum_in_place(gradients.buffer)
-
-    def spread(self) -> None:
-        """The others have made the same."""
+    def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """Every process has all of them, and takes the same step."""
+        return Whole(parameters, self._world, shares_moments=False)
 
 
 class Sharded:
-    """fsdp: each process holds its rows of the base, and the moments of its part of the adapter.
+    """fsdp: each process holds its rows of the base.
 
-    FSDP2 gathers a decoder layer when it is needed, the next one meanwhile, and lets it go. The
-    adapter's weights and gradients are whole on every process: they are small beside what a
-    gather of them at each micro-batch would cost, gradients are summed once a step in one order,
-    and what is trained is bit for bit what ddp trains.
+    FSDP2 gathers a decoder layer when it is needed, the next one meanwhile, and lets it go. An
+    adapter's weights and gradients are whole on every process unless the plan has them cut: they
+    are small beside what a gather of them at each micro-batch would cost, gradients are summed once
+    a step in one order, and what is trained is bit for bit what ddp trains. Weights that are
+    trained themselves are cut, and gathered in the dtype of the computation.
     """
 
-    saves_moments = True
-
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, spec: RunSpec) -> None:
         self._world = world
         self._mesh = world.mesh()
         self.share = Share(world.rank, world.size)
-        self._parts: list[torch.Tensor] = []
+        self._rows = cuts_trained(spec)
+        self._policy = MixedPrecisionPolicy()
+        if not isinstance(spec.adapter, LoraAdapter) and spec.model.dtype == "bf16":
+            self._policy = MixedPrecisionPolicy(
+                param_dtype=DTYPES["bf16"], reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Have FSDP2 cut every decoder layer, and the embedding and the head as one more."""
-        ignored = set(parameters.values())
-        for layer in base.get_decoder().layers:
-            fully_shard(layer, mesh=self._mesh, ignored_params=ignored)
-        fully_shard(base, mesh=self._mesh, ignored_params=ignored)
+        ignored = set() if self._rows else set(parameters.values())
+        for module in (*base.get_decoder().layers, base):
+            fully_shard(module, mesh=self._mesh, mp_policy=self._policy, ignored_params=ignored)
+            assert isinstance(module, FSDPModule)
+            # Each process has divided its loss by the targets of the whole batch already.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
     def put(self, slot: Slot, rows: torch.Tensor) -> None:
         """Give FSDP2 this process's part."""
@@ -189,66 +135,17 @@ class Sharded:
         )
         # FSDP2 listens to this, and takes the new part for its own.
         slot.module.load_state_dict({slot.name: part}, strict=False, assign=True)
+        for module, name in slot.places:
+            module._parameters[name] = slot.module._parameters[slot.name]
 
-    def owned(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
-        """One run of neighbours, about as many elements as each other process has."""
-        return dict(
-            item
-            for item, owner in zip(
-                parameters.items(), _owners(parameters, self._world.size), strict=True
-            )
-            if owner == self._world.rank
-        )
-
-    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put all parameters into one buffer, in which each process's are neighbours.
-
-        Raises:
-            QLoRAError: The processes begin with different bytes.
-        """
-        check_equal(parameters, self._world)
-        tensors = list(parameters.values())
-        buffer = torch.cat([p.detach().reshape(-1) for p in tensors])
-        ends, offset = [0] * self._world.size, 0
-        for parameter, owner in zip(tensors, _owners(parameters, self._world.size), strict=True):
-            view = buffer[offset : offset + parameter.numel()]
-            parameter.data = view.view_as(parameter)
-            offset += parameter.numel()
-            ends[owner] = offset
-        starts = [0, *ends[:-1]]
-        self._parts = [buffer[a : max(a, b)] for a, b in zip(starts, ends, strict=True)]
-
-    def reduce(self, gradients: Gradients) -> None:
-        """Sum over all processes, as ddp does."""
-        self._world.sum_in_place(gradients.buffer)
-
-    def spread(self) -> None:
-        """Each process sends the parameters that it has stepped."""
-        self._world.share_parts(self._parts)
+    def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """Each process steps its rows, or its part of an adapter that all have."""
+        if self._rows:
+            return Rows(parameters, self._world, self.share)
+        return Whole(parameters, self._world, shares_moments=True)
 
 
-def check_equal(parameters: Mapping[str, nn.Parameter], world: World) -> None:
-    """Check that all processes have the same trainable parameters.
-
-    Raises:
-        QLoRAError: They do not.
-    """
-    mine = tensors_sha256(parameters)
-    same = world.from_rank_0(mine) == mine
-    if world.any(not same):
-        raise QLoRAError("the processes begin with different trainable parameters")
-
-
-def _owners(parameters: Mapping[str, nn.Parameter], size: int) -> list[int]:
-    """The process whose optimizer each parameter is in: runs of about equal numbers of elements."""
-    total, before, owners = sum(p.numel() for p in parameters.values()), 0, []
-    for parameter in parameters.values():
-        owners.append(before * size // total)
-        before += parameter.numel()
-    return owners
-
-
-STRATEGIES: dict[str, type[Single] | type[Replicated] | type[Sharded]] = {
+STRATEGIES: dict[str, type[Strategy]] = {
     "single": Single,
     "ddp": Replicated,
     "fsdp": Sharded,

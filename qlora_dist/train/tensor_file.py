@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class Kind:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its data."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def _header(entries: Mapping[str, Kind], metadata: Mapping[str, str] | None) -> 
     tree: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, entry in entries.items():
-        size = entry.dtype.itemsize * _count(entry.shape)
+        size = entry.num_bytes
         tree[name] = {
             "dtype": _NAMES[entry.dtype],
             "shape": list(entry.shape),
@@ -164,13 +170,6 @@ def _header(entries: Mapping[str, Kind], metadata: Mapping[str, str] | None) -> 
     # Tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _chunks(tensor: torch.Tensor) -> Iterable[memoryview]:

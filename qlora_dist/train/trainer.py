@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from qlora_dist import faults
 from qlora_dist.data.corpus import Corpus
@@ -26,7 +25,7 @@ from qlora_dist.train.objective import summed_loss
 from qlora_dist.train.optimizer import learning_rate
 from qlora_dist.train.preempt import Preempted
 from qlora_dist.train.saver import Saver
-from qlora_dist.train.strategy import Gradients, Strategy
+from qlora_dist.train.trained import Trained
 from qlora_dist.train.world import World
 
 
@@ -39,8 +38,9 @@ class Training:
         check_stop: Agrees with the other ranks on whether to go on, and raises Preempted if not;
             all ranks call it together.
         flat: Batches are one row of samples, for an attention kernel that is told their bounds.
-        model: Base with adapter, on its device.
-        parameters: Its trainable parameters by name.
+        model: Base, maybe with an adapter, on its device.
+        trained: What of it is trained.
+        optimizer: Of what this process steps.
         autocast: Gives the context that forward passes run in.
         track: Takes a dict of numbers and a step for the curves.
         step: Steps that are complete, for whoever has to say where the run ended.
@@ -55,10 +55,8 @@ class Training:
     pad_id: int
     schedule: SampleSchedule
     model: Any
-    parameters: Mapping[str, nn.Parameter]
+    trained: Trained
     optimizer: Any
-    strategy: Strategy
-    gradients: Gradients
     autocast: Callable[[], AbstractContextManager[Any]]
     saver: Saver
     metrics: Metrics
@@ -119,8 +117,9 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
     )
     lr = learning_rate(state.step, spec.schedule, t.length, peak=spec.optimizer.lr)
     loss = _accumulate(t, mine, total_targets)
-    t.strategy.reduce(t.gradients)
-    grad_norm = _clip(t, spec.optimizer.max_grad_norm)
+    t.trained.reduce()
+    limit = spec.optimizer.max_grad_norm
+    grad_norm = t.trained.clip(math.inf if limit is None else limit)
     mean_loss = math.fsum(row[0] for row in t.world.gather([loss.item()]))
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         raise DivergedError(
@@ -131,7 +130,7 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
     for group in t.optimizer.param_groups:
         group["lr"] = lr
     t.optimizer.step()
-    t.strategy.spread()
+    t.trained.spread()
 
     before = state.position
     state = replace(
@@ -161,7 +160,7 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
     """
     # A step that a stop interrupts never was: its dropout will be drawn again.
     generators = get_rng(t.world.device)
-    t.gradients.zero()
+    t.trained.zero()
     loss = torch.zeros((), device=t.world.device)
     for micro in rows:
         try:
@@ -182,12 +181,6 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
         loss += part.detach()
         faults.reach("accumulation")
     return loss
-
-
-def _clip(t: Training, max_norm: float | None) -> float:
-    """Scale the gradients down to ``max_norm``; their norm before that."""
-    limit = math.inf if max_norm is None else max_norm
-    return float(torch.nn.utils.clip_grad_norm_(list(t.parameters.values()), limit))
 
 
 def _report(

@@ -59,7 +59,7 @@ def trained_logits(run, spec, batch):
     base = load_base(spec, device=torch.device("cpu"), attention="sdpa")
     model = add_adapter(base, spec.adapter, seed=spec.seed, device=torch.device("cpu"))
     newest = checkpoints.committed_paths(run.checkpoints)[0]
-    weights = load_file(newest / "adapter.safetensors")
+    weights = load_file(newest / "weights" / "00000.safetensors")
     for key, parameter in trainable(model).items():
         parameter.data.copy_(weights[key])
     with evaluation_mode(model), torch.no_grad():

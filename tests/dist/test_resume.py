@@ -75,9 +75,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
 ):
     run = copy_of(whole_run)
     newest, before = checkpoints.committed_paths(run.checkpoints)[:2]
-    data = bytearray((newest / "adapter.safetensors").read_bytes())
+    data = bytearray((newest / "weights" / "00000.safetensors").read_bytes())
     data[-5] ^= 1
-    (newest / "adapter.safetensors").write_bytes(data)
+    (newest / "weights" / "00000.safetensors").write_bytes(data)
     done = qlora("resume", run.root)
     assert "its bytes changed after it was written; set aside" in done.stdout
     assert f"resumed after step {int(before.name[5:])} from" in done.stdout

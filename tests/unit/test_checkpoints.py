@@ -10,7 +10,7 @@ from qlora_dist.errors import CheckpointError
 
 def make(folder, step, text="weights"):
     partial = checkpoints.begin(folder, step)
-    (partial / "adapter.safetensors").write_text(text)
+    (partial / "weights" / "00000.safetensors").write_text(text)
     (partial / "rng" / "00000.safetensors").write_text("rng")
     return checkpoints.commit(
         partial, step=step, facts={"world_size": 1}, files=checkpoints.describe(partial)
@@ -21,7 +21,7 @@ def test_a_committed_checkpoint_opens_and_knows_its_files(tmp_path):
     found = checkpoints.open_checkpoint(make(tmp_path / "c", 100))
     assert found.step == 100
     assert found.path.name == "step_000100"
-    assert set(found.manifest["files"]) == {"adapter.safetensors", "rng/00000.safetensors"}
+    assert set(found.manifest["files"]) == {"weights/00000.safetensors", "rng/00000.safetensors"}
 
 
 def test_there_is_nothing_to_resume_from_before_the_first_commit(tmp_path):
@@ -30,17 +30,17 @@ def test_there_is_nothing_to_resume_from_before_the_first_commit(tmp_path):
 
 
 def flip(path):
-    data = bytearray((path / "adapter.safetensors").read_bytes())
+    data = bytearray((path / "weights" / "00000.safetensors").read_bytes())
     data[0] ^= 1
-    (path / "adapter.safetensors").write_bytes(data)
+    (path / "weights" / "00000.safetensors").write_bytes(data)
 
 
 def truncate(path):
-    os.truncate(path / "adapter.safetensors", 3)
+    os.truncate(path / "weights" / "00000.safetensors", 3)
 
 
 def remove(path):
-    (path / "adapter.safetensors").unlink()
+    (path / "weights" / "00000.safetensors").unlink()
 
 
 def add(path):
@@ -61,8 +61,8 @@ def other_step(path):
 
 
 def link(path):
-    (path / "adapter.safetensors").unlink()
-    (path / "adapter.safetensors").symlink_to("/etc/hostname")
+    (path / "weights" / "00000.safetensors").unlink()
+    (path / "weights" / "00000.safetensors").symlink_to("/etc/hostname")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_taken(tmp_path, damage
 def test_one_that_belongs_to_somebody_else_is_not_read(tmp_path):
     folder = tmp_path / "c"
     path = make(folder, 100)
-    os.chown(path / "adapter.safetensors", 12345, 12345)
+    os.chown(path / "weights" / "00000.safetensors", 12345, 12345)
     with pytest.raises(CheckpointError, match="belongs to another user"):
         checkpoints.open_checkpoint(path)
 
@@ -120,7 +120,7 @@ def test_a_step_saved_again_replaces_the_old_one(tmp_path):
     folder = tmp_path / "c"
     make(folder, 10, "old")
     path = make(folder, 10, "new")
-    assert (path / "adapter.safetensors").read_text() == "new"
+    assert (path / "weights" / "00000.safetensors").read_text() == "new"
     assert [p.name for p in folder.iterdir()] == ["step_000010"]
     checkpoints.open_checkpoint(path)
 

@@ -41,7 +41,7 @@ def test_an_optimizer_goes_on_from_its_saved_moments_bit_for_bit(kind):
 
     resumed = {name: nn.Parameter(weight) for name, weight in weights.items()}
     again = make_optimizer(section, resumed)
-    set_moments(section, again, resumed, saved, step=3)
+    set_moments(section, again, resumed, saved, saved.__getitem__, step=3)
     steps(again, resumed, 3, seed=2)
     for name, parameter in whole.items():
         assert torch.equal(parameter, resumed[name])
