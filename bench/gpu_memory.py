@@ -9,6 +9,7 @@ random.
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -54,6 +55,13 @@ CHOSEN = (
     ("llama-65b", "single", 1, 512, True, 64, {"dtype": "bf16", "dropout": 0.05}),
     ("llama-65b", "single", 1, 512, True, 64, {"dropout": 0.05}),
     ("llama-65b", "fsdp", 2, 2048, True, 64, {"dropout": 0.05}),
+    ("llama-13b", "fsdp", 2, 2048, True, 64, {"rows": True}),
+    ("llama-7b", "fsdp", 1, 2048, True, 0, {"full": True, "optimizer": "adamw"}),
+    (
+        "llama-7b",
+        *("single", 1, 1024, True, 0),
+        {"full": True, "dtype": "bf16", "optimizer": "adamw_8bit"},
+    ),
 )
 NUM_DRAWN = 6
 
@@ -86,6 +94,16 @@ def spec_of(row, folder):
     """The spec of a configuration."""
     shape, strategy, rows, tokens, recompute, r, more = row
     world = 1 if strategy == "single" else 2
+    adapter = {
+        "r": r,
+        "alpha": 16,
+        "dropout": more.get("dropout", 0.0),
+        "dtype": more.get("dtype", "fp32"),
+    }
+    quantization = {"kind": "nf4", "double": more.get("double", True)}
+    if more.get("full"):
+        adapter = {"kind": "none", "dtype": more.get("dtype", "fp32")}
+        quantization = {"kind": "none"}
     tree = {
         "name": "memory",
         "model": {
@@ -93,18 +111,13 @@ def spec_of(row, folder):
             "shape": shape,
             "gradient_checkpointing": recompute,
         },
-        "quantization": {"kind": "nf4", "double": more.get("double", True)},
-        "adapter": {
-            "r": r,
-            "alpha": 16,
-            "dropout": more.get("dropout", 0.0),
-            "dtype": more.get("dtype", "fp32"),
-        },
+        "quantization": quantization,
+        "adapter": adapter,
         "data": {"source": "none", "format": "input-output", "max_tokens": tokens},
         "optimizer": {"kind": more.get("optimizer", "paged_adamw_32bit")},
         "schedule": {"steps": 2},
         "batch": {"global_size": rows * world, "micro_size": rows},
-        "strategy": {"kind": strategy},
+        "strategy": {"kind": strategy, "shard_adapter": more.get("rows", False)},
         "resources": {"gpus_per_node": world, "gpu": "h100-80gb"},
     }
     return spec_from_tree(tree, source="gpu_memory")
@@ -214,8 +227,10 @@ def lines_of(rows, size):
     """What torchrun's processes print of some configurations, as they print it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={size}", __file__, "--measure", json.dumps(rows)]
+    # As the launcher has it: else a block may be a MiB larger than what it is for.
+    env = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     with (LOGS / "gpu_memory.log").open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
         for line in process.stdout:
             if line.startswith('["'):
                 yield json.loads(line)

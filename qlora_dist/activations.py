@@ -12,9 +12,12 @@ from qlora_dist.sizes import (
     DROPOUT_PARTS_BYTES,
     NF4_BLOCK,
     Component,
+    cuts_trained,
     dequantised_slices,
     dtype_bytes,
+    layer_bytes,
     layer_targets,
+    trained_bytes,
     trained_dtype_bytes,
 )
 from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
@@ -47,6 +50,10 @@ def moments(spec: RunSpec, shape: ModelShape, *, attention: str) -> tuple[Moment
     """
     batch = _Sizes(spec, shape, spec.batch.micro_size, attention)
     found = [_start(batch), _loss(batch), _last_norm(batch), _backward(batch)]
+    if batch.lora is None:
+        found.append(_head(batch))
+        if batch.rows_of_trained:
+            found.append(_last_reduction(batch))
     if attention == "eager":
         found.append(_scores(batch))
     if spec.data.validation_rows:
@@ -63,6 +70,10 @@ class _Sizes:
         tokens: Of all of them.
         hidden: Bytes of one ``(tokens, hidden)`` tensor.
         inner: Bytes of one ``(tokens, intermediate)`` tensor.
+        lora: The adapter, if there is one.
+        rows_of_trained: Whether FSDP2 gathers what is trained, and reduces its gradients.
+        head: Numbers of the output head.
+        casts: Whether autocast makes copies of trained weights, which are kept like activations.
         fused: Whether a frozen matrix and its adapter are one product, and a norm and a gate one
             function each (qlora_dist.train.lora, pointwise).
     """
@@ -76,6 +87,10 @@ class _Sizes:
         self.inner = self.tokens * shape.intermediate_size * self.b
         self.fused = spec.model.dtype == "bf16"
         self.lora = spec.adapter if isinstance(spec.adapter, LoraAdapter) else None
+        self.rows_of_trained = cuts_trained(spec)
+        self.head = shape.vocab_size * shape.hidden_size
+        wide = self.lora is None and trained_dtype_bytes(spec) > self.b
+        self.casts = wide and not self.rows_of_trained
 
     @property
     def dropout(self) -> bool:
@@ -93,6 +108,18 @@ class _Sizes:
         why = f"{self.tokens:,} tokens x {self.shape.vocab_size:,} x {num_bytes} bytes"
         return Component("logits", size * num_bytes, why)
 
+    def copies(self) -> int:
+        """Bytes of a layer's matrices, as autocast copies them."""
+        return layer_bytes(self.spec, self.shape) if self.casts else 0
+
+    def reduced(self) -> int:
+        """Bytes of a layer's gradients while FSDP2 reduces them: until it reduces the next."""
+        if not self.rows_of_trained:
+            return 0
+        if self.lora is None:
+            return layer_bytes(self.spec, self.shape) // self.b * 4
+        return trained_bytes(self.spec, self.shape) // self.shape.num_layers
+
     def adapter_gradients(self, rows: int, cols: int) -> int:
         """Bytes of the gradients of an adapter's two matrices, before they are added up."""
         r = self.lora.r if self.lora else 0
@@ -103,6 +130,9 @@ class _Sizes:
         return max(self._workspace(*sizes) for sizes in self.shape.linears.values())
 
     def _workspace(self, rows: int, cols: int) -> int:
+        if self.lora is None:
+            # The gradient of a matrix, and again as it is added up.
+            return rows * cols * (self.b + (4 if self.casts else 0))
         adapter = self.adapter_gradients(rows, cols)
         quantised = isinstance(self.spec.quantization, Nf4Quantization)
         if not self.fused:
@@ -132,7 +162,12 @@ def _loss(at: _Sizes) -> Moment:
     # and behind them, in fp32.
     norm = at.tokens * _norm_bytes(at, at.shape.hidden_size)
     kept, why = _kept(at)
-    components = (Component("activations", kept + norm, why), at.logits(3 * 4))
+    copy = Component("passing", at.head * at.b, "the head, as autocast copies it")
+    components = (
+        Component("activations", kept + norm, why),
+        at.logits(3 * 4),
+        *((copy,) if at.casts else ()),
+    )
     return Moment("the loss's gradient", components, gathered_layers=0)
 
 
@@ -155,12 +190,47 @@ def _backward(at: _Sizes) -> Moment:
     if at.spec.model.gradient_checkpointing:
         # The first norm is given the layer's input.
         kept += layer_activation_bytes(at) - at.fused * at.hidden
+        kept += at.copies()
         why += f" and one whole layer of {at.tokens:,} tokens"
+    what = "gradients on their way" if at.lora is None else "a dequantised matrix, or gradients"
+    passing = _passing(at)
+    if at.rows_of_trained:
+        # The head's is reduced last. A layer's is while the next one, which keeps less, goes back.
+        passing += at.head * at.b * (at.lora is None)
+        passing += max(0, at.reduced() - _kept(at)[0] // at.shape.num_layers)
     components = (
         Component("activations", kept, why),
-        Component("passing", _passing(at), "a dequantised matrix, or gradients on their way"),
+        Component("passing", passing, what),
     )
     return Moment("the last layer's backward pass", components, gathered_layers=2)
+
+
+def _head(at: _Sizes) -> Moment:
+    """The head's gradient: made, and then added up in the dtype of the weights."""
+    kept, why = _kept(at)
+    logits = at.tokens * at.shape.vocab_size * at.b
+    making = logits + at.head * at.b * at.casts
+    passing = at.head * at.b + max(making, at.head * 4 * at.casts)
+    norm = at.tokens * _norm_bytes(at, at.shape.hidden_size)
+    components = (
+        Component("activations", kept + norm, why),
+        Component("passing", passing, "the gradient of the head's weights"),
+    )
+    return Moment("the head's gradient", components, gathered_layers=0)
+
+
+def _last_reduction(at: _Sizes) -> Moment:
+    """FSDP2 reduces the gradients of embedding and head, in fp32, when all others are through."""
+    ends = at.shape.num_embedding_params + at.shape.hidden_size
+    world = at.spec.resources.nodes * max(
+        at.spec.resources.gpus_per_node, at.spec.resources.processes_per_node or 1
+    )
+    # With them as they came, or one of them and this process's rows of the sum.
+    size = 4 * ends + max(ends * at.b, 4 * ends // world + at.head * at.b)
+    why = "of embedding and head, fp32"
+    return Moment(
+        "the last reduction", (Component("passing", size, why),), gathered_layers=0, gathered_ends=0
+    )
 
 
 def _passing(at: _Sizes) -> int:
@@ -215,7 +285,7 @@ def _kept(at: _Sizes) -> tuple[int, str]:
     layers, mask = at.shape.num_layers, at.rows * at.seq**2 if at.masked else 0
     if at.spec.model.gradient_checkpointing:
         return layers * at.hidden + mask, f"{layers} layer inputs of {at.tokens:,} tokens"
-    kept = layers * layer_activation_bytes(at) + mask
+    kept = layers * (layer_activation_bytes(at) + at.copies()) + mask
     return kept, f"{layers} whole layers of {at.tokens:,} tokens"
 
 

@@ -17,6 +17,7 @@ from qlora_dist.sizes import (
     layer_bytes,
     moments_of,
     nf4_bytes,
+    trained_bytes,
     trained_dtype_bytes,
     trained_params,
 )
@@ -218,10 +219,15 @@ def _gathered(
     why = "embedding, head and last norm, whole for the length of a step"
     if moment.gathered_ends > 1:
         why += ", and as they came"
+    if not moment.gathered_ends:
+        return ()
     lines = [Component("gathered embedding", moment.gathered_ends * ends, why)]
     if moment.gathered_layers:
         why = "two layers, or one twice: this one's and the next one's, as it comes"
-        size = moment.gathered_layers * layer_bytes(spec, shape)
+        size = layer_bytes(spec, shape)
+        if shards["adapter"] > 1 and isinstance(spec.adapter, LoraAdapter):
+            size += trained_bytes(spec, shape) // shape.num_layers
+        size *= moment.gathered_layers
         lines.append(Component("gathered layers", size, why))
     return tuple(lines)
 

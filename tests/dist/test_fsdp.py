@@ -53,17 +53,25 @@ def test_the_comparison_sees_one_bit():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "vocabulary", "recompute", "moment"),
+    ("tokens", "vocabulary", "recompute", "trained", "moment"),
     [
-        ("64", "8192", "yes", "the first layer's gather"),
-        ("1024", "8192", "yes", "the loss's gradient"),
-        ("1024", "512", "yes", "the last layer's backward pass"),
-        ("1024", "512", "no", "the last layer's backward pass"),
+        ("64", "8192", "yes", "adapter", "the first layer's gather"),
+        ("64", "8192", "yes", "rows", "the first layer's gather"),
+        ("1024", "8192", "yes", "adapter", "the loss's gradient"),
+        ("1024", "8192", "yes", "all", "the loss's gradient"),
+        ("1024", "512", "yes", "adapter", "the last layer's backward pass"),
+        ("1024", "512", "yes", "rows", "the last layer's backward pass"),
+        ("1024", "512", "yes", "all", "the last layer's backward pass"),
+        ("1024", "512", "no", "adapter", "the last layer's backward pass"),
+        ("1024", "512", "no", "rows", "the last layer's backward pass"),
+        ("1024", "512", "no", "all", "the last layer's backward pass"),
     ],
 )
-def test_the_predicted_peak_is_that_of_a_sharded_step(tokens, vocabulary, recompute, moment):
+def test_the_predicted_peak_is_that_of_a_sharded_step(
+    tokens, vocabulary, recompute, trained, moment
+):
     script = BENCH.parent / "tests" / "sharded_step.py"
-    counted = torchrun(script, 2, tokens, vocabulary, recompute)
+    counted = torchrun(script, 2, tokens, vocabulary, recompute, trained)
     print(counted)
     assert counted["moment"] == moment
     assert counted["said"]["before"] == pytest.approx(counted["before"], rel=0.01)

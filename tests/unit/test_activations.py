@@ -12,6 +12,7 @@ from tests.fake_step import step_bytes
 
 # The real widths, so that each moment can be the peak.
 LAYERS = 3
+FULL = {"quantization": {"kind": "none"}, "adapter": {"kind": "none"}}
 CASES = {
     "7b, loss": ("llama-7b", {"batch.micro_size": 2, "data.max_tokens": 2048}),
     "7b, short": ("llama-7b", {"adapter.dropout": 0.1}),
@@ -39,6 +40,11 @@ CASES = {
         "llama-7b",
         {"model.dtype": "fp32", "model.gradient_checkpointing": False, "data.max_tokens": 2048},
     ),
+    "all of 7b": ("llama-7b", FULL),
+    "all of 7b, long": ("llama-7b", FULL | {"batch.micro_size": 2, "data.max_tokens": 2048}),
+    "all of 7b, kept": ("llama-7b", FULL | {"model.gradient_checkpointing": False}),
+    "all of 7b, bf16": ("llama-7b", FULL | {"adapter.dtype": "bf16"}),
+    "all of 7b, fp32": ("llama-7b", FULL | {"model.dtype": "fp32"}),
     "eager": ("llama-7b", {"model.attention": "eager", "data.max_tokens": 1024}),
 }
 
