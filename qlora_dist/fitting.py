@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_dist.memory import BEFORE_AMPERE, GPU_MIB, plan_memory
 from qlora_dist.shapes import ModelShape
+from qlora_dist.sizes import cuts_trained
 from qlora_dist.spec import RunSpec
 
 # GPUs of one node where a spec says nothing of more.
@@ -63,7 +64,9 @@ def what_takes_less(spec: RunSpec, shape: ModelShape, *, attention: str) -> tupl
     found = [
         _planned(spec, shape, attention, {key: value})[0]
         for key, value in _SMALLER
+        # Moments in 8 bits are not for an adapter in rows, which this run may have by now.
         if _value(spec, key) not in (None, value)
+        and not (key == "optimizer.kind" and cuts_trained(spec))
     ]
     return tuple(fit for fit in found if fit.needed_bytes < before)
 
@@ -95,7 +98,12 @@ def _planned(
 
 def _smaller(spec: RunSpec, shape: ModelShape, attention: str) -> Fit | None:
     """As few changes of the run as make it fit where it is."""
-    options = {key: value for key, value in _SMALLER if _value(spec, key) not in (None, value)}
+    options = {
+        key: value
+        for key, value in _SMALLER
+        if _value(spec, key) not in (None, value)
+        and not (key == "optimizer.kind" and cuts_trained(spec))
+    }
     chosen: dict[str, Any] = {}
     best, fits = _planned(spec, shape, attention, chosen)
     for key, value in options.items():

@@ -147,6 +147,7 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
     length = plan_length(spec, corpus.num_sequences if corpus else spec.data.num_samples)
     attention = attention_of(spec)
     world_size, inside = topology.world_size, topology.processes_per_node
+    asked = spec
     spec = settled(spec, shape, world_size=world_size, gpus_per_node=inside, attention=attention)
     memory = plan_memory(
         spec, shape, world_size=world_size, gpus_per_node=inside, attention=attention
@@ -161,7 +162,7 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
         corpus=corpus,
         num_trained_params=trained_params(spec, shape),
         memory=memory,
-        would_fit=what_fits(spec, shape, attention=attention) if too_large else (),
+        would_fit=what_fits(asked, shape, attention=attention) if too_large else (),
         footprint=footprint(
             spec,
             shape,

@@ -178,7 +178,8 @@ def _path(item: Mapping[str, Any]) -> list[str | int]:
             # An index stands between a list and its entries, which are of the same sections.
             if fields:
                 members = list(_sections_of(fields[0].annotation))
-    if item["type"] == "extra_forbidden":
+    # It may be a key of another kind of the same section, and is there already.
+    if item["type"] == "extra_forbidden" and path[-1:] != [item["loc"][-1]]:
         path.append(item["loc"][-1])
     return path
 

@@ -60,13 +60,7 @@ def plan(*overrides):
                 *("resources.gpus_per_node=3", "strategy.kind=fsdp", "resources.gpu=16gib"),
                 "batch.global_size=36",
             ],
-            [
-                {
-                    "resources.nodes": 2,
-                    "resources.gpus_per_node": 6,
-                    "resources.backend": "slurm",
-                }
-            ],
+            [{"resources.gpus_per_node": 6}],
         ),
     ],
 )

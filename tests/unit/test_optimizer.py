@@ -60,7 +60,7 @@ def test_moments_of_another_kind_are_refused():
     saved = Snapshot().take(moments(optimizer, parameters))
     other = fresh()
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        set_moments(eight, make_optimizer(eight, other), other, saved, step=1)
+        set_moments(eight, make_optimizer(eight, other), other, saved, saved.__getitem__, step=1)
 
 
 def test_a_snapshot_is_a_copy_and_grows():

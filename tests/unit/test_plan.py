@@ -43,6 +43,26 @@ def test_a_batch_is_shared_out_over_processes_and_time():
         (["resources.processes_per_node=2"], "is for runs without GPUs"),
         (["resources.gpu=h100"], "Did you mean h100-80gb?"),
         (["data.max_tokens=4096"], "use max_tokens: 2048"),
+        (["adapter={kind: none}"], "use quantization.kind=none, or adapter.kind=lora"),
+        (
+            ["adapter={kind: none, dtype: bf16}", "quantization={kind: none}", "model.dtype=fp32"],
+            "use model.dtype=bf16",
+        ),
+        (["strategy.shard_adapter=true"], "is for adapters under fsdp, not with"),
+        (
+            [
+                *("adapter={kind: none}", "quantization={kind: none}", "strategy.kind=fsdp"),
+                *("strategy.shard_adapter=true", "resources.gpus_per_node=2"),
+            ],
+            "full fine-tuning has no adapter",
+        ),
+        (
+            [
+                *("adapter={kind: none}", "quantization={kind: none}", "strategy.kind=fsdp"),
+                *("optimizer.kind=adamw_8bit", "resources.gpus_per_node=2"),
+            ],
+            "use paged_adamw_32bit",
+        ),
         (["adapter.target=[q_prj]"], "Did you mean q_proj?"),
         (["adapter.target=[q_proj, q_proj]"], "names a layer twice"),
         (["schedule.warmup_steps=10"], "use at most 9"),

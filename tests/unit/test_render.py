@@ -18,8 +18,8 @@ from tests.unit.test_spec import GOOD
 
 
 def bundle(*overrides):
-    spec = spec_from_tree(GOOD, overrides)
-    return render(make_plan(spec)), spec
+    plan = make_plan(spec_from_tree(GOOD, overrides))
+    return render(plan), plan.spec
 
 
 def test_the_torchrun_command_is_a_list_of_arguments(tmp_path):

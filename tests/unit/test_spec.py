@@ -179,3 +179,15 @@ def test_every_shipped_config_plans(path):
     plan = make_plan(load_spec(path))
     assert plan.spec.name == path.stem
     assert plan.memory.fits in (True, None)
+
+
+def test_an_adapter_is_lora_unless_it_says_otherwise():
+    assert spec_from_tree(GOOD | {"adapter": {"r": 8}}).adapter.kind == "lora"
+    full = spec_from_tree(GOOD, ["adapter={kind: none}"]).adapter
+    assert (full.kind, full.dtype) == ("none", "fp32")
+    with pytest.raises(SpecError) as error:
+        spec_from_tree(GOOD, ["adapter={kind: none, r: 8}"])
+    assert error.value.problems == ["adapter.r: no such key"]
+    with pytest.raises(SpecError) as error:
+        spec_from_tree(GOOD, ["adapter.kind=ia3"])
+    assert error.value.problems == ["adapter.kind: say which; one of lora, none"]
