@@ -190,6 +190,8 @@ def _describe(item: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in location) or "the spec"
     kind, value = item["type"], item.get("input")
     if kind == "extra_forbidden":
+        if _field_of_any(location):
+            return f"{path}: no key of this kind of {location[-2]}"
         return f"{path}: no such key{_nearest(location)}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return f"{path}.kind: say which; one of {', '.join(_kinds(_field_at(location)))}"
@@ -249,6 +251,13 @@ def _section_at(location: Sequence[str | int]) -> type[BaseModel] | None:
 def _field_at(location: Sequence[str | int]) -> FieldInfo | None:
     section = _section_at(location[:-1]) if location else None
     return section.model_fields.get(str(location[-1])) if section else None
+
+
+def _field_of_any(location: Sequence[str | int]) -> bool:
+    """Whether another kind of the section has such a key."""
+    field = _field_at(location[:-1])
+    sections = _sections_of(field.annotation) if field else ()
+    return any(location[-1] in section.model_fields for section in sections)
 
 
 def _kinds(field: FieldInfo | None) -> list[str]:

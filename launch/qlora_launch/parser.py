@@ -158,7 +158,9 @@ def make_parser() -> argparse.ArgumentParser:
     _config_arguments(quantize)
 
     consolidate = verb(
-        "consolidate", commands.consolidate_command, "write a checkpoint as RUN/adapter, for PEFT"
+        "consolidate",
+        commands.consolidate_command,
+        "write a checkpoint as RUN/adapter, for PEFT, or RUN/model",
     )
     _run_argument(consolidate)
     consolidate.add_argument(
