@@ -118,7 +118,11 @@ def test_full_fine_tuning_is_a_plain_loops(full_run, tied_model):
         assert float.fromhex(record["grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__dtype": "bf16"}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"model__dtype": "bf16"}, marks=pytest.mark.matrix)],
+    ids=["fp32", "bf16"],
+)
 def test_a_resumed_run_is_the_unbroken_one(config, full_run, qlora, stop, tied_model, changes):
     whole = full_run("whole", "fsdp", 2, **changes)
     path = config(
@@ -196,7 +200,7 @@ def test_a_run_ends_with_a_model_that_transformers_loads(full_run, qlora, tied_m
     assert json.loads((run.model / "training.json").read_text())["step"] == 3
 
 
-@pytest.mark.parametrize("kind", ["nf4", "none"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("none", marks=pytest.mark.matrix)])
 def test_an_adapter_in_rows_is_the_whole_one(config, qlora, stop, kind):
     """Sums have another order, and each process saves its rows; all else is the same."""
     changes = {"quantization__kind": kind, "strategy__kind": "fsdp", "adapter__dropout": 0}
