@@ -192,12 +192,12 @@ def test_a_run_ends_with_a_model_that_transformers_loads(full_run, qlora, tied_m
     assert answer.stdout.strip()
     refused = qlora("export", run.root, code=2)
     assert "has no adapter to merge" in refused.stderr
-    written = qlora("consolidate", run.root, "--checkpoint", "3").stdout
-    assert "the model after step 3" in written
-    (run.checkpoints / "step_000003" / "weights" / "00001.safetensors").unlink()
-    refused = qlora("consolidate", run.root, "--checkpoint", "3", code=1)
+    written = qlora("consolidate", run.root, "--checkpoint", "9").stdout
+    assert "the model after step 9" in written
+    (run.checkpoints / "step_000009" / "weights" / "00001.safetensors").unlink()
+    refused = qlora("consolidate", run.root, "--checkpoint", "9", code=1)
     assert "00001" in refused.stderr
-    assert json.loads((run.model / "training.json").read_text())["step"] == 3
+    assert json.loads((run.model / "training.json").read_text())["step"] == 9
 
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("none", marks=pytest.mark.matrix)])
