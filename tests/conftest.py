@@ -58,6 +58,8 @@ def write_config(folder, model, data, name, changes):
             "format": "input-output",
             "max_tokens": 64,
             "validation_rows": 6,
+            # Tokenised once for all tests.
+            "store_dir": str(data.parent / "corpora"),
         },
         "optimizer": {"kind": "adamw", "lr": 1e-3},
         "schedule": {"kind": "cosine", "steps": 10, "warmup_steps": 2},

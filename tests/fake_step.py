@@ -24,6 +24,15 @@ from qlora_dist.train.trained import Gradients
 # torch's allocator hands out multiples of this.
 ROUND = 512
 
+_ATEN = torch.ops.aten
+# What takes a CPU long in bf16: results have their shapes, and no values.
+_PRODUCTS = {
+    _ATEN.mm.default: lambda a, b: a.new_empty(a.shape[0], b.shape[1]),
+    _ATEN.mm.out: lambda a, b, *, out: out,
+    _ATEN.addmm.default: lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]),
+    _ATEN.addmm_.default: lambda c, a, b, **_: c,
+}
+
 
 class Held(TorchDispatchMode):
     """Counts the bytes of all tensors that exist at once."""
@@ -34,7 +43,7 @@ class Held(TorchDispatchMode):
         self._storages = {}
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = _PRODUCTS.get(func, func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             self._add(leaf)
         extra = 0

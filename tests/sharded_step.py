@@ -1,6 +1,6 @@
-"""Run by torchrun: a step under fsdp on CPUs, counted as a GPU's allocator would count it.
+"""Run by torchrun: steps under fsdp on CPUs, counted as a GPU's allocator would count them.
 
-The last line is JSON: the bytes before the step, at its peak, and what the plan says of both.
+The last line is JSON: for each, the bytes before it, at its peak, and what the plan says of both.
 """
 
 import gc
@@ -74,10 +74,8 @@ def count(spec, world):
         return before, held.peak
 
 
-def main(tokens, vocabulary, recompute, trained):
-    """Count, and compare with the plan."""
-    place = Place.from_env()
-    world = World.start(place, Topology(1, place.size, "cpu"), timeout_s=100)
+def measure(world, *, tokens, vocabulary, recompute, trained):
+    """Count a step, and what the plan says of it."""
     with tempfile.TemporaryDirectory() as name:
         spec = make_spec(
             Path(name),
@@ -94,8 +92,19 @@ def main(tokens, vocabulary, recompute, trained):
         "peak": memory.peak_bytes
         - sum(c.bytes for c in memory.components if c.name in NOT_COUNTED),
     }
+    return {"before": before, "peak": peak, "said": said, "moment": memory.moment}
+
+
+def main(*cases):
+    """Count steps, each ``TOKENS,VOCABULARY,RECOMPUTE,TRAINED``, and compare with the plan."""
+    place = Place.from_env()
+    world = World.start(place, Topology(1, place.size, "cpu"), timeout_s=100)
+    keys = ("tokens", "vocabulary", "recompute", "trained")
+    found = {
+        case: measure(world, **dict(zip(keys, case.split(","), strict=True))) for case in cases
+    }
     if world.rank == 0:
-        print(json.dumps({"before": before, "peak": peak, "said": said, "moment": memory.moment}))
+        print(json.dumps(found))
     world.stop()
 
 

@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries' remarks are not about the user's input; ours are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # As in training processes (qlora_dist.train.worker): two seconds of imports.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from qlora_dist.errors import QLoRAError
 
     try:

@@ -31,6 +31,9 @@ def main(run_path: str) -> int:
     stop.install()
     # Read once by cuBLAS, and then needed for deterministic runs under any launcher.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Nothing here is compiled by it, and bitsandbytes, which asks for it at its import, would have
+    # every process spend two seconds on importing the compiler.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     place = Place.from_env()
     run = RunDir(Path(run_path).absolute())
     faults.arm(place.fault, rank=place.rank, attempt=place.attempt or 0, disk=run.root)

@@ -5,14 +5,12 @@ import os
 import pytest
 from faults import COUNTS, Faults, Row
 
-# Every kind, and every stage in which something could be lost or left half done.
+# Every kind, and the stages in which most could be lost or left half done.
 ROWS = [
     Row("tokenising", "sigterm"),
-    Row("accumulation", "sigkill", COUNTS["accumulation"]),
     Row("save-write", "exception", COUNTS["save-write"], rank=1),
     Row("save-manifest", "full-disk", COUNTS["save-manifest"]),
     Row("save-rename", "sigkill", COUNTS["save-rename"]),
-    Row("evaluation", "sigterm", COUNTS["evaluation"]),
 ]
 
 
