@@ -13,6 +13,7 @@ from qlora_dist.data.build import open_corpus
 from qlora_dist.layout import RunDir, open_run
 from qlora_dist.train.checkpoint import WEIGHTS, SavedRows
 from qlora_dist.train.compare import differences, fingerprint, records
+from tests.conftest import run_qlora, write_config
 
 FULL = {
     "adapter": {"kind": "none"},
@@ -34,22 +35,34 @@ def tied_model(tiny_model, tmp_path_factory):
     return folder
 
 
+def run_full(folder, model, data, name, kind, processes, changes):
+    """Run full fine-tuning under a strategy."""
+    changes = {
+        **FULL,
+        "strategy__kind": kind,
+        "resources__processes_per_node": processes,
+        **changes,
+    }
+    path = write_config(folder, model, data, name, changes)
+    run_qlora(folder, "run", path)
+    return RunDir(path.with_suffix(""))
+
+
 @pytest.fixture
-def full_run(config, qlora, tied_model):
+def full_run(tmp_path, tied_model, pairs_file):
     """Run full fine-tuning of a tied model under a strategy; keys change the config."""
 
     def run(name, kind, processes, **changes):
-        path = config(
-            name,
-            **{**FULL, **changes},
-            model__source=str(tied_model),
-            strategy__kind=kind,
-            resources__processes_per_node=processes,
-        )
-        qlora("run", path)
-        return RunDir(path.with_suffix(""))
+        return run_full(tmp_path, tied_model, pairs_file, name, kind, processes, changes)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, tied_model, pairs_file):
+    """Such a run on one process. Not to be changed."""
+    folder = tmp_path_factory.mktemp("single")
+    return run_full(folder, tied_model, pairs_file, "single", "single", 1, {})
 
 
 def weights_of(run):
@@ -78,8 +91,7 @@ def compare(ours, theirs, *, loss):
         assert (tensor - finals[name]).abs().max() < 1e-4, name
 
 
-def test_the_weights_in_rows_train_as_on_one_process(full_run):
-    single = full_run("single", "single", 1)
+def test_the_weights_in_rows_train_as_on_one_process(full_run, single):
     for kind, processes in (("ddp", 2), ("fsdp", 2), ("fsdp", 3)):
         run = full_run(f"{kind}{processes}", kind, processes)
         compare(run, single, loss=1e-6)
@@ -154,9 +166,8 @@ def test_the_comparison_sees_rows_that_are_exchanged(full_run):
     assert before["optimizer"] == after["optimizer"]
 
 
-def test_a_run_changes_its_strategy_and_its_processes(config, full_run, qlora, stop, tied_model):
+def test_a_run_changes_its_strategy_and_its_processes(config, single, qlora, stop, tied_model):
     """fsdp on two processes, one process, fsdp on three: the samples and losses of one run."""
-    whole = full_run("whole", "single", 1)
     path = config(
         "half",
         **FULL,
@@ -166,13 +177,13 @@ def test_a_run_changes_its_strategy_and_its_processes(config, full_run, qlora, s
     )
     qlora("run", path, "--prepare")
     run = RunDir(path.with_suffix(""))
-    single = ("strategy.kind=single", "resources.processes_per_node=1")
-    sharded = ("strategy.kind=fsdp", "resources.processes_per_node=3")
-    for overrides, count in ((), 4), (single, 8):
+    one = ("strategy.kind=single", "resources.processes_per_node=1")
+    three = ("strategy.kind=fsdp", "resources.processes_per_node=3")
+    for overrides, count in ((), 4), (one, 8):
         code, output = stop("resume", run.root, *overrides, count=count)
         assert code == 85, output
-    qlora("resume", run.root, *sharded)
-    compare(run, whole, loss=1e-6)
+    qlora("resume", run.root, *three)
+    compare(run, single, loss=1e-6)
 
 
 def test_a_run_ends_with_a_model_that_transformers_loads(full_run, qlora, tied_model):
@@ -211,10 +222,8 @@ def test_an_adapter_in_rows_is_the_whole_one(config, qlora, stop, kind):
     runs = [RunDir(path.with_suffix("")) for path in paths]
     qlora("run", paths[0])
     qlora("run", paths[1], "--prepare")
-    # In rows, whole, and in rows again.
-    for overrides, count in ((), 4), (("strategy.shard_adapter=false",), 7):
-        code, output = stop("resume", runs[1].root, *overrides, count=count)
-        assert code == 85, output
+    code, output = stop("resume", runs[1].root, "strategy.shard_adapter=false", count=5)
+    assert code == 85, output
     qlora("resume", runs[1].root, "strategy.shard_adapter=true")
     compare(runs[1], runs[0], loss=1e-6)
     newest = checkpoints.committed_paths(runs[1].checkpoints)[0]
