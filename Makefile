@@ -37,12 +37,15 @@ format: $(READY)
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
+# Runs wait for one another much of the time: two files' tests at once, each file's in its order.
+PARALLEL ?= -n 2 --dist loadfile
+
 # Slurm's part runs where its programs are installed (slurm/testbed/README.md), and skips elsewhere.
 test: $(READY)
-	$(PYTHON) -m pytest -m "not matrix"
+	$(PYTHON) -m pytest $(PARALLEL) -m "not matrix"
 
 test-matrix: $(READY)
-	$(PYTHON) -m pytest -m matrix
+	$(PYTHON) -m pytest $(PARALLEL) -m matrix
 
 docs: $(READY)
 	$(PYTHON) tools/make_docs.py

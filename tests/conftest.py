@@ -58,8 +58,6 @@ def write_config(folder, model, data, name, changes):
             "format": "input-output",
             "max_tokens": 64,
             "validation_rows": 6,
-            # Tokenised once for all tests.
-            "store_dir": str(data.parent / "corpora"),
         },
         "optimizer": {"kind": "adamw", "lr": 1e-3},
         "schedule": {"kind": "cosine", "steps": 10, "warmup_steps": 2},
@@ -69,6 +67,9 @@ def write_config(folder, model, data, name, changes):
         "checkpoint": {"every_steps": 3},
         "evaluation": {"every_steps": 4, "micro_size": 2},
     }
+    if isinstance(data, Path):
+        # Tokenised once for all tests.
+        spec["data"]["store_dir"] = str(data.parent / "corpora")
     for key, value in changes.items():
         section, _, inner = key.partition("__")
         if inner:

@@ -75,7 +75,7 @@ def test_another_method_is_refused_key_by_key(whole_run, copy_of, qlora):
     assert "optimizer.lr: was 0.001, is 1.0" in done.stderr
     assert "seed: was 7, is 8" in done.stderr
     assert "name: was" not in done.stderr
-    qlora("resume", run.root, "strategy.kind=zero3", code=2)
+    qlora("resume", run.root, "strategy.kind=single", code=2)
     qlora("resume", run.root, "schedule.steps=1", code=2)
     assert run.run_json.read_bytes() == before
 
