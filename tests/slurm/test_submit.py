@@ -3,85 +3,15 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from qlora_dist.layout import RunDir, newest_attempt, open_run
+from qlora_dist.layout import newest_attempt, open_run
 from qlora_dist.ledger import standing
-from qlora_dist.train.compare import differences, records
+from qlora_dist.train.compare import differences
 from tests.conftest import run_qlora, write_config
-
-# Steps of about a quarter of a second, long enough to be hit by something.
-SLOW = {
-    "batch__global_size": 32,
-    "batch__micro_size": 1,
-    "schedule__steps": 60,
-    "checkpoint__every_steps": 20,
-    "evaluation__every_steps": 50,
-}
-RESOURCES = {
-    "backend": "slurm",
-    "nodes": 2,
-    "gpus_per_node": 0,
-    "processes_per_node": 1,
-    "cpus_per_process": 1,
-    "time": "0:10:00",
-}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, pairs_file):
-    """The same run on this machine, unbroken."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_qlora(folder, "run", write_config(folder, tiny_model, pairs_file, "whole", SLOW))
-    return RunDir(folder / "whole")
-
-
-@pytest.fixture
-def slurm(testbed, tmp_path, tiny_model, pairs_file, monkeypatch):
-    """Submit a run of two nodes, one process each; keyword arguments change its config."""
-    for name, value in testbed.env.items():
-        monkeypatch.setenv(name, value)
-    profile = tmp_path / "site.yaml"
-
-    def submit(name="run", *, code=0, site=None, verb=("submit",), **changes):
-        lines = {"partition": "low", "mem_gb": 1, "signal_lead_s": 30, **(site or {})}
-        profile.write_text(json.dumps(lines))
-        changes = SLOW | {
-            "resources": RESOURCES | {"profile": str(profile)},
-            **changes,
-        }
-        config = write_config(tmp_path, tiny_model, pairs_file, name, changes)
-        done = run_qlora(tmp_path, *verb, config, code=code)
-        return RunDir(tmp_path / name), done
-
-    yield submit
-    testbed.run("scancel", "--user=root")
-    testbed.wait_idle()
-    assert testbed.processes() == []
-
-
-def wait_until(condition, timeout_s=180):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def steps(run):
-    return sum(kind == "train" for kind, _ in records(run)) if run.metrics.exists() else 0
-
-
-def state(run):
-    return standing(*open_run(run.root)).state
-
-
-def said(run):
-    """Everything that the job printed, for a test that fails."""
-    files = [*run.control.glob("slurm-*.out"), *run.attempts.glob("*/logs/*")]
-    return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+from tests.slurm.conftest import said, state, steps, wait_until
 
 
 def test_a_run_that_is_preempted_three_times_ends_as_the_unbroken_run(

@@ -15,8 +15,8 @@ def faults(testbed, tmp_path_factory):
         yield SlurmFaults(testbed, tmp_path_factory.mktemp("faults"))
 
 
-# Those that a run without Slurm meets too are in tests/dist; these differ little from others here.
-ELSEWHERE = {"rank hangs", "exception", "rank killed"}
+# Those that other tests meet, or a run without Slurm; these differ little from others here.
+ELSEWHERE = {"rank hangs", "exception", "rank killed", "scontrol requeue"}
 ALIKE = {"preempted, --no-requeue", "scancel --signal=USR1 --batch"}
 
 

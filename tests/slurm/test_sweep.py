@@ -8,7 +8,7 @@ import pytest
 from qlora_dist.layout import RunDir
 from qlora_dist.train.compare import differences
 from tests.conftest import qlora_argv, run_qlora, write_config
-from tests.slurm.test_submit import RESOURCES, SLOW, state, steps, wait_until
+from tests.slurm.conftest import RESOURCES, SLOW, state, steps, wait_until
 
 pytestmark = pytest.mark.matrix
 
