@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_dist.errors import PlanError
 from qlora_dist.plan import Plan
+from qlora_dist.sizes import PERSISTENT, REDUCE_BUCKET, SHARDED, ZERO, layer_elements
 from qlora_dist.spec_file import parse_yaml
 
 _DECODER_LAYER = "LlamaDecoderLayer"
@@ -34,7 +35,7 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
         "tpu_use_cluster": False,
         "use_cpu": topology.device == "cpu",
     }
-    if kind in ("fsdp", "hsdp"):
+    if kind in SHARDED:
         config["fsdp_config"] = {
             "fsdp_version": 2,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -45,7 +46,7 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
             "fsdp_cpu_ram_efficient_loading": False,
             "fsdp_offload_params": False,
         }
-    if kind in ("zero2", "zero3"):
+    if kind in ZERO:
         # Relative to the run directory, where accelerate launch is started from.
         config["deepspeed_config"] = {
             "deepspeed_config_file": "ds_config.json",
@@ -58,9 +59,9 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
 
 def _distributed_type(plan: Plan) -> str:
     kind = plan.spec.strategy.kind
-    if kind in ("fsdp", "hsdp"):
+    if kind in SHARDED:
         return "FSDP"
-    if kind in ("zero2", "zero3"):
+    if kind in ZERO:
         return "DEEPSPEED"
     # MULTI_GPU is Accelerate's word for "through torchrun"; MULTI_CPU would want mpirun.
     return "MULTI_GPU" if plan.topology.world_size > 1 else "NO"
@@ -69,21 +70,32 @@ def _distributed_type(plan: Plan) -> str:
 def deepspeed_config(plan: Plan) -> dict[str, Any] | None:
     """Content of ds_config.json; None where DeepSpeed has no part in the run."""
     spec, kind = plan.spec, plan.spec.strategy.kind
-    if kind not in ("zero2", "zero3"):
+    if kind not in ZERO:
         return None
     zero: dict[str, Any] = {
         "stage": 2 if kind == "zero2" else 3,
-        "overlap_comm": True,
         "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_bucket_size": REDUCE_BUCKET,
     }
     if kind == "zero3":
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
+        # Elements of a decoder layer: the next one comes while this one is at work, and one that is
+        # recomputed stays for its backward pass.
+        layer = layer_elements(spec, plan.shape)
+        zero |= {
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": 2 * layer,
+            "stage3_max_reuse_distance": layer,
+            "stage3_param_persistence_threshold": PERSISTENT,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
     return {
         "train_batch_size": plan.batch.global_size,
         "train_micro_batch_size_per_gpu": plan.batch.micro_size,
         "gradient_accumulation_steps": plan.batch.accumulation,
         "gradient_clipping": spec.optimizer.max_grad_norm or 0.0,
-        "bf16": {"enabled": spec.model.dtype == "bf16"},
+        # Autocast is the loop's: what is trained stays in float32.
+        "bf16": {"enabled": False},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2_000_000_000,
@@ -117,8 +129,20 @@ def _differences(path: Path, expected: dict[str, Any], kind: str) -> list[str]:
         return [f"{path.name}: cannot be read: {error}"]
     if not isinstance(found, dict):
         return [f"{path.name}: is no mapping"]
+    there, wanted = _flat(found), _flat(expected)
     return [
-        f"{path.name}: {key} is {found.get(key)!r}, run.json wants {expected.get(key)!r}"
-        for key in sorted({*expected, *found})
-        if found.get(key) != expected.get(key)
+        f"{path.name}: {key} is {there.get(key)!r}, run.json wants {wanted.get(key)!r}"
+        for key in sorted({*there, *wanted})
+        if there.get(key) != wanted.get(key)
     ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by the dotted names of their keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from qlora_dist.shapes import ModelShape
 from qlora_dist.sizes import (
     GIB,
+    SHARDED,
+    ZERO,
     Component,
     base_bytes,
     cuts_trained,
@@ -27,16 +29,22 @@ class Footprint:
     Attributes:
         host: Memory of the process that takes most, rank 0.
         disk: Files that the run writes.
-        network: What a process receives from others in a step; None where that is not known.
+        network: What a process receives from others in a step.
     """
 
     host: tuple[Component, ...]
     disk: tuple[Component, ...]
-    network: tuple[Component, ...] | None
+    network: tuple[Component, ...]
 
 
 def footprint(
-    spec: RunSpec, shape: ModelShape, *, world_size: int, accumulation: int, steps: int | None
+    spec: RunSpec,
+    shape: ModelShape,
+    *,
+    world_size: int,
+    gpus_per_node: int,
+    accumulation: int,
+    steps: int | None,
 ) -> Footprint:
     """Account for everything but GPU memory.
 
@@ -44,21 +52,26 @@ def footprint(
         spec: The run.
         shape: Its model.
         world_size: Processes.
+        gpus_per_node: Of them, on one machine.
         accumulation: Forward passes of a process in a step.
         steps: Optimizer steps; None if that is not known yet.
     """
     return Footprint(
-        host=_host(spec, shape, world_size),
+        host=_host(spec, shape, world_size, gpus_per_node),
         disk=_disk(spec, shape, steps),
-        network=_network(spec, shape, world_size, accumulation),
+        network=_network(spec, shape, world_size, gpus_per_node, accumulation),
     )
 
 
-def _host(spec: RunSpec, shape: ModelShape, world_size: int) -> tuple[Component, ...]:
-    # Under fsdp moments are shared out; else rank 0 has all of them.
-    parts = world_size if spec.strategy.kind == "fsdp" else 1
+def _host(
+    spec: RunSpec, shape: ModelShape, world_size: int, gpus_per_node: int
+) -> tuple[Component, ...]:
+    # Where moments are shared out each process saves its own; else rank 0 has all of them.
+    kind = spec.strategy.kind
+    parts = {"hsdp": gpus_per_node}.get(kind, world_size) if kind in (*SHARDED, *ZERO) else 1
     own = moment_bytes(spec, shape) // parts
-    weights = trained_bytes(spec, shape) // (parts if cuts_trained(spec) else 1)
+    cut = cuts_trained(spec) or kind in ZERO
+    weights = trained_bytes(spec, shape) // (parts if cut else 1)
     what = "adapter" if isinstance(spec.adapter, LoraAdapter) else "weights"
     lines = [
         Component("process", _PROCESS_BYTES, "the interpreter and its libraries"),
@@ -99,31 +112,47 @@ def _disk(spec: RunSpec, shape: ModelShape, steps: int | None) -> tuple[Componen
 
 
 def _network(
-    spec: RunSpec, shape: ModelShape, world_size: int, accumulation: int
-) -> tuple[Component, ...] | None:
+    spec: RunSpec, shape: ModelShape, world_size: int, gpus_per_node: int, accumulation: int
+) -> tuple[Component, ...]:
     if world_size == 1:
         return ()
-    if spec.strategy.kind not in ("ddp", "fsdp"):
-        return None
+    kind = spec.strategy.kind
     trained = trained_bytes(spec, shape)
 
-    def line(name: str, num_bytes: int, why: str) -> Component:
-        """A line of what all processes have together, of which a process has its part already."""
-        return Component(name, num_bytes * (world_size - 1) // world_size, why)
+    def line(name: str, num_bytes: int, processes: int, why: str) -> Component:
+        """A line of what so many have together, of which a process has its part already."""
+        return Component(name, num_bytes * (processes - 1) // processes, why)
 
-    ring = line("gradients", 2 * trained, "summed around a ring, once a step")
-    if spec.strategy.kind == "ddp":
+    ring = line("gradients", 2 * trained, world_size, "summed around a ring, once a step")
+    if kind == "ddp":
         return (ring,)
+    holders, where = world_size, "the others' part"
+    if kind == "hsdp":
+        holders, where = gpus_per_node, "the part of the others on the node"
+    if kind == "zero2":
+        why = f"{accumulation} x summed around a ring"
+        return (
+            line("gradients", 2 * accumulation * trained, world_size, why),
+            line("weights", trained, world_size, "what the others have stepped"),
+        )
     ends = (shape.num_embedding_params + shape.hidden_size) * dtype_bytes(spec)
     layers = base_bytes(spec, shape) - ends
     base = line(
         "base",
         accumulation * (2 * layers + ends),
-        f"{accumulation} x (layers twice, embedding and head once), the others' part",
+        holders,
+        f"{accumulation} x (layers twice, embedding and head once), {where}",
     )
-    if not cuts_trained(spec):
-        return ring, base, line("adapter", trained, "what the others have stepped")
-    rows = line("gradients", accumulation * trained, f"{accumulation} x this process's rows")
-    if not isinstance(spec.adapter, LoraAdapter):
-        return rows, base
-    return rows, base, line("adapter", 2 * accumulation * trained, f"{accumulation} x twice")
+    if not cuts_trained(spec) and kind != "zero3":
+        return ring, base, line("adapter", trained, holders, "what the others have stepped")
+    lines = [
+        line("gradients", accumulation * trained, holders, f"{accumulation} x this process's rows")
+    ]
+    if nodes := world_size // holders - 1:
+        why = f"these rows, summed over {nodes + 1} nodes, once a step"
+        lines.append(line("gradients, nodes", 2 * trained // holders, nodes + 1, why))
+    lines.append(base)
+    if isinstance(spec.adapter, LoraAdapter):
+        why = f"{accumulation} x twice, {where}"
+        lines.append(line("adapter", 2 * accumulation * trained, holders, why))
+    return tuple(lines)

@@ -11,6 +11,9 @@ from qlora_dist.shapes import ModelShape
 from qlora_dist.sizes import (
     GIB,
     NF4_BLOCK,
+    REDUCE_BUCKET,
+    SHARDED,
+    ZERO,
     Component,
     cuts_trained,
     dtype_bytes,
@@ -101,6 +104,7 @@ def plan_memory(
     state = (
         *_weights(spec, shape, shards),
         *_training_state(spec, shape, shards, world_size),
+        *_engine(spec, shape, world_size),
         *_workspaces(spec),
     )
     at_each = [
@@ -136,7 +140,7 @@ def settled(
 
     may = (
         isinstance(spec.adapter, LoraAdapter)
-        and spec.strategy.kind == "fsdp"
+        and spec.strategy.kind in SHARDED
         and not spec.optimizer.kind.endswith("_8bit")
     )
     return choice(may and not fits(choice(False)))
@@ -240,6 +244,7 @@ def _training_state(
     on_device = count * size // shards["adapter"]
     gradients = count * size // shards["gradients"]
     cut = f", 1/{shards['adapter']} of them" if shards["adapter"] > 1 else ""
+    part = f", 1/{shards['gradients']} of them" if shards["gradients"] > 1 else ""
     a_parameter, what = moments_of(spec)
     paged = spec.optimizer.kind.startswith("paged_")
     return (
@@ -247,8 +252,8 @@ def _training_state(
         Component(
             "gradients",
             gradients,
-            f"{count:,} x {size} bytes, one buffer{cut}"
-            + (", reduced in place" if world_size > 1 and not cut else ""),
+            f"{count:,} x {size} bytes, one buffer{part}"
+            + (", reduced in place" if world_size > 1 and shards["gradients"] == 1 else ""),
         ),
         Component(
             "optimizer",
@@ -257,6 +262,19 @@ def _training_state(
             in_torch=not paged,
             paged=paged,
         ),
+    )
+
+
+def _engine(spec: RunSpec, shape: ModelShape, world_size: int) -> tuple[Component, ...]:
+    """What DeepSpeed holds beside."""
+    if spec.strategy.kind not in ZERO:
+        return ()
+    count = trained_params(spec, shape)
+    return (
+        Component(
+            "masters", 4 * count // world_size, f"what is stepped, in float32, 1/{world_size} of it"
+        ),
+        Component("reduction bucket", 4 * REDUCE_BUCKET, f"{REDUCE_BUCKET:,} gradients x 4 bytes"),
     )
 
 

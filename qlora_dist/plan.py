@@ -5,6 +5,7 @@ refuses what cannot be, all problems at once, each with a value that would work.
 """
 
 import difflib
+import importlib.util
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,11 +16,8 @@ from qlora_dist.footprint import Footprint, footprint
 from qlora_dist.memory import GPU_MIB, MemoryPlan, gpu_bytes, plan_memory, settled
 from qlora_dist.resume import spec_sha256
 from qlora_dist.shapes import ModelShape, find_shape
-from qlora_dist.sizes import NF4_BLOCK, trained_params
+from qlora_dist.sizes import NF4_BLOCK, SHARDED, ZERO, cuts_trained, trained_params
 from qlora_dist.spec import LoraAdapter, RunSpec
-
-# Strategies and backends that a run may use today; the rest are planned and rendered only.
-RUNNABLE_STRATEGIES = ("single", "ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -167,6 +165,7 @@ def make_plan(spec: RunSpec, corpus: CorpusFacts | None = None) -> Plan:
             spec,
             shape,
             world_size=topology.world_size,
+            gpus_per_node=inside,
             accumulation=batch.accumulation,
             steps=length.steps,
         ),
@@ -224,7 +223,7 @@ def _strategy_problems(spec: RunSpec, topology: Topology) -> list[str]:
     kind, world_size = spec.strategy.kind, topology.world_size
     if kind == "single" and world_size != 1:
         return [f"strategy.kind: single is one process, and there are {world_size}; use ddp"]
-    if kind in ("fsdp", "zero2", "zero3") and world_size == 1:
+    if kind in ("fsdp", *ZERO) and world_size == 1:
         return [f"strategy.kind: {kind} shards over several processes, and there is 1; use single"]
     if kind == "hsdp" and (topology.nodes == 1 or topology.processes_per_node == 1):
         return [
@@ -249,14 +248,33 @@ def _method_problems(spec: RunSpec, topology: Topology) -> list[str]:
             "adapter.dtype: bf16 weights are computed with in bf16; use model.dtype=bf16"
         )
     cut = spec.strategy.shard_adapter is True
-    if cut and (full or spec.strategy.kind != "fsdp"):
+    if cut and (full or spec.strategy.kind not in SHARDED):
         what = "full fine-tuning has no adapter" if full else f"not with {spec.strategy.kind}"
-        problems.append(f"strategy.shard_adapter: is for adapters under fsdp, {what}; remove it")
-    rows = topology.world_size > 1 and spec.strategy.kind in ("fsdp", "hsdp") and (full or cut)
+        problems.append(
+            f"strategy.shard_adapter: is for adapters under fsdp and hsdp, {what}; remove it"
+        )
+    rows = topology.world_size > 1 and cuts_trained(spec)
     if rows and spec.optimizer.kind.endswith("_8bit"):
         problems.append(
             f"optimizer.kind: {spec.optimizer.kind} shares constants between neighbouring rows, "
             "which sharding may part; use paged_adamw_32bit"
+        )
+    if spec.strategy.kind in ZERO:
+        problems += _zero_problems(spec)
+    return problems
+
+
+def _zero_problems(spec: RunSpec) -> list[str]:
+    """What DeepSpeed has, and a checkpoint could not be made of."""
+    kind, problems = spec.strategy.kind, []
+    if spec.optimizer.kind.endswith("_8bit"):
+        problems.append(
+            f"optimizer.kind: {spec.optimizer.kind} shares constants between neighbours, and "
+            f"{kind} steps all weights as one row of numbers, cut anywhere; use paged_adamw_32bit"
+        )
+    if spec.adapter.dtype == "bf16":
+        problems.append(
+            f"adapter.dtype: {kind} steps float32 copies of what is trained; use adapter.dtype=fp32"
         )
     return problems
 
@@ -330,11 +348,10 @@ def _has_varlen(spec: RunSpec) -> bool:
 
 
 def _not_runnable(spec: RunSpec) -> tuple[str, ...]:
-    """What this version plans and renders, and does not run."""
-    reasons = []
-    if spec.strategy.kind not in RUNNABLE_STRATEGIES:
-        reasons.append(
-            f"strategy.kind: {spec.strategy.kind} is planned and rendered, and does not run yet; "
-            f"what runs: {', '.join(RUNNABLE_STRATEGIES)}"
+    """What this machine lacks for the run."""
+    if spec.strategy.kind in ZERO and importlib.util.find_spec("deepspeed") is None:
+        return (
+            f"strategy.kind: {spec.strategy.kind} needs DeepSpeed, which is not installed here: "
+            'pip install "qlora-dist[deepspeed]", or use fsdp',
         )
-    return tuple(reasons)
+    return ()

@@ -8,6 +8,14 @@ from qlora_dist.spec import LoraAdapter, Nf4Quantization, RunSpec
 
 GIB = 2**30
 
+# Strategies under which FSDP2 holds the base, and those of DeepSpeed.
+SHARDED = ("fsdp", "hsdp")
+ZERO = ("zero2", "zero3")
+# What DeepSpeed is told: elements of the buffer that gradients are reduced in, and of the largest
+# tensor that zero3 leaves whole on every process once it was gathered.
+REDUCE_BUCKET = 2**24
+PERSISTENT = 100_000
+
 # bitsandbytes 0.50: NF4 in blocks of 64 weights, their constants again in blocks of 256.
 NF4_BLOCK = 64
 NESTED_BLOCK = 256
@@ -94,7 +102,7 @@ def trained_dtype_bytes(spec: RunSpec) -> int:
 
 def cuts_trained(spec: RunSpec) -> bool:
     """Whether each of a sharded run's processes has only its rows of what is trained."""
-    if spec.strategy.kind not in ("fsdp", "hsdp"):
+    if spec.strategy.kind not in SHARDED:
         return False
     return spec.strategy.shard_adapter is True or not isinstance(spec.adapter, LoraAdapter)
 
@@ -120,6 +128,18 @@ def layer_bytes(spec: RunSpec, shape: ModelShape) -> int:
     if isinstance(spec.quantization, Nf4Quantization):
         return sum(sum(nf4_bytes(size, double=spec.quantization.double)) for size in sizes)
     return sum(sizes) * dtype_bytes(spec)
+
+
+def layer_elements(spec: RunSpec, shape: ModelShape) -> int:
+    """Elements of what zero3 cuts of a decoder layer; NF4 is bytes to it."""
+    sizes = [rows * cols for rows, cols in shape.linears.values()]
+    if not isinstance(spec.adapter, LoraAdapter):
+        return sum(sizes)
+    trained = trained_params(spec, shape) // shape.num_layers
+    if not isinstance(spec.quantization, Nf4Quantization):
+        return sum(sizes) + trained
+    constants = 1 if spec.quantization.double else 4
+    return sum(size // 2 + constants * size // NF4_BLOCK for size in sizes) + trained
 
 
 def base_bytes(spec: RunSpec, shape: ModelShape) -> int:

@@ -313,11 +313,12 @@ class StrategySection(Section):
 
     kind: StrategyKind = Field(examples=["ddp"])
     """single: one process. ddp: a whole model on each. fsdp: sharded over all. hsdp: sharded inside
-    a node. zero2, zero3: DeepSpeed."""
+    a node, a model on each. zero2: DeepSpeed, a whole model on each, gradients and moments shared
+    out. zero3: DeepSpeed, sharded over all."""
     shard_adapter: Literal["auto"] | Switch = "auto"
-    """Under fsdp: cut the adapter's weights and gradients into rows too, as its moments are. It
-    takes less memory, and more between the GPUs in each forward and backward pass. auto: where the
-    run does not fit without; the first attempt settles it."""
+    """Under fsdp and hsdp: cut the adapter's weights and gradients into rows too, as its moments
+    are. It takes less memory, and more between the GPUs in each forward and backward pass. auto:
+    where the run does not fit without; the first attempt settles it."""
 
 
 class ResourcesSection(Section):

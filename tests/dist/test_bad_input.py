@@ -122,11 +122,21 @@ def test_a_folder_that_is_no_run(qlora, tmp_path):
     assert "is no run directory" in qlora("resume", tmp_path, code=2).stderr
 
 
-def test_a_strategy_that_does_not_run_yet(config, qlora, tmp_path):
+def test_deepspeed_is_missing(config, qlora, tmp_path, monkeypatch):
+    """Said before anything starts. An interpreter that finds no package of that name."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'deepspeed' else find(name, *rest)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     done = qlora("run", config(strategy__kind="zero3"), code=2)
-    assert "zero3 is planned and rendered, and does not run yet" in done.stderr
+    assert "zero3 needs DeepSpeed, which is not installed here: " in done.stderr
     assert not (tmp_path / "run").exists()
-    assert "fsdp_version: 2" in qlora("run", config(strategy__kind="fsdp"), "--dry-run").stdout
+    planned = qlora("plan", config(strategy__kind="zero3")).stdout
+    assert "strategy.kind: zero3 needs DeepSpeed" in planned
+
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_for_good(config, qlora, tmp_path):

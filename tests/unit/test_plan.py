@@ -48,7 +48,18 @@ def test_a_batch_is_shared_out_over_processes_and_time():
             ["adapter={kind: none, dtype: bf16}", "quantization={kind: none}", "model.dtype=fp32"],
             "use model.dtype=bf16",
         ),
-        (["strategy.shard_adapter=true"], "is for adapters under fsdp, not with"),
+        (
+            [
+                *("strategy.kind=zero3", "resources.gpus_per_node=2"),
+                *("optimizer.kind=paged_adamw_8bit", "adapter.dtype=bf16"),
+            ],
+            "zero3 steps all weights as one row of numbers, cut anywhere; use paged_adamw_32bit",
+        ),
+        (
+            ["strategy.kind=zero2", "resources.gpus_per_node=2", "adapter.dtype=bf16"],
+            "use adapter.dtype=fp32",
+        ),
+        (["strategy.shard_adapter=true"], "is for adapters under fsdp and hsdp, not with"),
         (
             [
                 *("adapter={kind: none}", "quantization={kind: none}", "strategy.kind=fsdp"),
@@ -87,12 +98,11 @@ def test_several_problems_come_together():
     assert len(str(error.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
-def test_other_strategies_are_planned_and_say_that_they_do_not_run(kind):
-    result = plan(f"strategy.kind={kind}", "resources.gpus_per_node=8")
-    assert "does not run yet" in result.not_runnable[0]
-    whole = plan().memory.peak_bytes
-    assert result.memory.peak_bytes < whole
+@pytest.mark.parametrize("kind", ["hsdp", "zero2", "zero3"])
+def test_a_shared_out_run_takes_less_of_each_gpu(kind):
+    more = ["resources.nodes=2", "resources.backend=slurm"] if kind == "hsdp" else []
+    result = plan(f"strategy.kind={kind}", "resources.gpus_per_node=4", *more)
+    assert result.memory.peak_bytes < plan().memory.peak_bytes
 
 
 def test_steps_follow_from_epochs_once_the_samples_are_counted():
