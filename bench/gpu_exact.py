@@ -81,8 +81,9 @@ def save_table(folder, shape_name):
         run.root.mkdir()
         world = World(0, 1, DEVICE)
         parameters = adapter_like(shape_name, 64)
-        trained = Whole(parameters, world, shares_moments=False)
+        trained = Whole(parameters, world, world)
         optimizer = make_optimizer(spec.optimizer, trained.stepped)
+        trained.begin(torch.nn.Module(), optimizer)
         for parameter in parameters.values():
             parameter.grad.copy_(parameter.detach()).mul_(1e-3)
         optimizer.step()
@@ -94,7 +95,6 @@ def save_table(folder, shape_name):
             spec=spec,
             world=world,
             trained=trained,
-            optimizer=optimizer,
             target_modules=[],
             corpus_sha256="",
             say=said.append,

@@ -9,19 +9,26 @@ and what the gathers of the steps brought in, beside what the plan says.
 
 import argparse
 import json
+import math
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from bitsandbytes import functional
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations import unset_hf_deepspeed_config
 
+from qlora_dist.engine_config import deepspeed_config
 from qlora_dist.footprint import footprint
-from qlora_dist.plan import Topology
+from qlora_dist.plan import Topology, make_plan
 from qlora_dist.process import leave
 from qlora_dist.shapes import shape_of_config
+from qlora_dist.sizes import ZERO
 from qlora_dist.spec_file import spec_from_tree
 from qlora_dist.train.adapters import add_adapter, trainable
 from qlora_dist.train.load import DTYPES, empty_base, fill_base
@@ -29,7 +36,7 @@ from qlora_dist.train.lora import fuse
 from qlora_dist.train.nf4 import Nf4Linear
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.place import Place
-from qlora_dist.train.strategy import Sharded
+from qlora_dist.train.strategy import STRATEGIES
 from qlora_dist.train.world import World
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 256, 1152, 3, 512
@@ -73,8 +80,10 @@ def make_model(folder):
     model.save_pretrained(folder, max_shard_size="2MB")
 
 
-def make_spec(folder, *, double, dtype, recompute):
+def make_spec(folder, *, kind, world_size, double, dtype, recompute):
     """The spec of the run that this stands for."""
+    nodes = 2 if kind == "hsdp" else 1
+    cpu = not torch.cuda.is_available()
     tree = {
         "name": "bytes",
         "model": {"source": str(folder), "dtype": dtype, "gradient_checkpointing": recompute},
@@ -83,7 +92,15 @@ def make_spec(folder, *, double, dtype, recompute):
         "data": {"source": "none", "format": "input-output", "max_tokens": 64},
         "optimizer": {"kind": "adamw", "lr": 1e-3},
         "schedule": {"kind": "constant", "steps": 3},
-        "strategy": {"kind": "fsdp"},
+        "strategy": {"kind": kind},
+        "batch": {"global_size": 2 * world_size, "micro_size": 2},
+        "resources": {
+            "backend": "slurm" if nodes > 1 else "local",
+            "time": "1:00:00" if nodes > 1 else None,
+            "nodes": nodes,
+            "gpus_per_node": 0 if cpu else world_size // nodes,
+            "processes_per_node": world_size // nodes if cpu else None,
+        },
     }
     return spec_from_tree(tree, source="shard_bytes")
 
@@ -115,9 +132,32 @@ def parts_of(packed, state):
         parts |= {"nested": state.state2.absmax, "map": state.state2.code}
         parts["offset"] = state.offset.reshape(1)
     return {
-        key: part.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
+        key: part.detach().reshape(-1).contiguous().view(torch.uint8).cpu().clone()
         for key, part in parts.items()
     }
+
+
+def accelerator(spec):
+    """Accelerate's, with the settings that a run would have for DeepSpeed."""
+    plan = make_plan(spec)
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(plan), zero3_init_flag=False)
+    made = Accelerator(deepspeed_plugin=plugin)
+    unset_hf_deepspeed_config()
+    return made
+
+
+@contextmanager
+def gathered(layer, *, zero):
+    """Have all of a decoder layer on every process for a while."""
+    if zero:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+            yield
+        return
+    layer.unshard()
+    yield
+    layer.reshard()
 
 
 class Comparison:
@@ -142,7 +182,7 @@ class Comparison:
 class Received:
     """Counts bytes that this process receives of the others in FSDP2's gathers."""
 
-    def __init__(self, world):
+    def __init__(self):
         self.bytes = 0
         # The name in torch 2.13, and before.
         names = ("all_gather_single", "all_gather_into_tensor")
@@ -151,7 +191,8 @@ class Received:
 
         def counted(*args, **kwargs):
             whole = kwargs.get("output_tensor", args[0] if args else None)
-            self.bytes += whole.nbytes * (world.size - 1) // world.size
+            size = torch.distributed.get_world_size(kwargs.get("group"))
+            self.bytes += whole.nbytes * (size - 1) // size
             return gather(*args, **kwargs)
 
         setattr(torch.distributed, name, counted)
@@ -160,7 +201,14 @@ class Received:
 def planned(spec, base, world, num_steps):
     """Bytes of the base that the plan says a process receives."""
     shape = shape_of_config(base.model.config.to_dict())
-    found = footprint(spec, shape, world_size=world.size, accumulation=1, steps=num_steps)
+    found = footprint(
+        spec,
+        shape,
+        world_size=world.size,
+        gpus_per_node=world.size // world.num_nodes,
+        accumulation=1,
+        steps=num_steps,
+    )
     return num_steps * next(line.bytes for line in found.network if line.name == "base")
 
 
@@ -170,21 +218,31 @@ def main():
     parser.add_argument("--single", dest="double", action="store_false", help="fp32 constants")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--kind", default="fsdp", choices=["fsdp", "hsdp", "zero2", "zero3"])
     parser.add_argument("--damage", action="store_true", help="flip a bit: the check must see it")
     args = parser.parse_args()
     place = Place.from_env()
     cuda = torch.cuda.is_available()
-    topology = Topology(1, place.size, "cuda" if cuda else "cpu")
     if not cuda:
         torch.set_num_threads(1)
+    nodes = 2 if args.kind == "hsdp" else 1
+    topology = Topology(nodes, place.size // nodes, "cuda" if cuda else "cpu")
     world = World.start(place, topology, timeout_s=300)
     name = tempfile.mkdtemp() if world.rank == 0 else ""
     folder = Path(world.from_rank_0(name))
     if world.rank == 0:
         make_model(folder)
     world.barrier()
-    spec = make_spec(folder, double=args.double, dtype=args.dtype, recompute=args.recompute)
-    strategy = Sharded(world, spec)
+    spec = make_spec(
+        folder,
+        kind=args.kind,
+        world_size=world.size,
+        double=args.double,
+        dtype=args.dtype,
+        recompute=args.recompute,
+    )
+    zero = args.kind in ZERO
+    strategy = STRATEGIES[args.kind](world, spec, accelerator(spec) if zero else None)
     base = empty_base(spec, attention="sdpa", share=strategy.share)
     model = add_adapter(base.model, spec.adapter, seed=0, device=world.device)
     if spec.model.dtype == "bf16":
@@ -197,7 +255,7 @@ def main():
         spec,
         device=world.device,
         share=strategy.share,
-        gather=world.gather_rows,
+        gather=strategy.holders.gather_rows,
         put=strategy.put,
     )
     trained = strategy.train(parameters)
@@ -210,11 +268,10 @@ def main():
 
     def compare_all():
         for layer in base.model.get_decoder().layers:
-            layer.unshard()
-            for module in layer.modules():
-                if isinstance(module, Nf4Linear):
-                    seen.look(layers[module], module.weight)
-            layer.reshard()
+            with gathered(layer, zero=zero):
+                for module in layer.modules():
+                    if isinstance(module, Nf4Linear):
+                        seen.look(layers[module], module.weight)
 
     def look(adapted):
         layer = adapted.get_base_layer()
@@ -228,29 +285,26 @@ def main():
             output.register_hook(lambda _: look(module))
 
     compare_all()
+    model = trained.begin(model, make_optimizer(spec.optimizer, trained.stepped))
     # A layer's product with its adapter is one: the matrix is used where PEFT's layer is called.
+    # DeepSpeed's own hooks fetch it before these look, both ways.
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.register_forward_pre_hook(before)
-            module.register_forward_hook(in_backward)
-    optimizer = make_optimizer(spec.optimizer, trained.stepped)
+            module.register_forward_hook(in_backward, prepend=True)
     model.train()
-    losses, received = [], Received(world)
+    losses, received = [], Received()
     for step in range(NUM_STEPS):
         trained.zero()
         generator = torch.Generator().manual_seed(step * world.size + world.rank)
         tokens = torch.randint(VOCABULARY, (2, 32), generator=generator).to(world.device)
         loss = model(input_ids=tokens, labels=tokens).loss / world.size
-        loss.backward()
-        trained.reduce()
-        optimizer.step()
-        trained.spread()
+        trained.backward(loss, last=True)
+        trained.step(spec.optimizer.lr, math.inf)
         losses.append(sum(row[0] for row in world.gather([loss.item()])))
-    facts = {
-        "received": received.bytes,
-        "planned": planned(spec, base, world, NUM_STEPS),
-        "losses": [loss.hex() for loss in losses],
-    }
+    facts = {"losses": [loss.hex() for loss in losses]}
+    if not zero:
+        facts |= {"received": received.bytes, "planned": planned(spec, base, world, NUM_STEPS)}
     compare_all()
     rows = world.gather([seen.compared, seen.different, seen.matrices])
     compared, different, matrices = (int(sum(column)) for column in zip(*rows, strict=True))

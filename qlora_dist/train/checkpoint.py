@@ -2,19 +2,20 @@
 
 ::
 
-    weights/00000.safetensors     what is trained: each rank's rows, or all of it, of rank 0
+    weights/00000.safetensors     what is trained: each rank's part, or all of it, of rank 0
     optimizer/00000.safetensors   moments, of each rank that has some of its own
     rng/00000.safetensors         generators of each rank
-    state.json                    TrainState, the spec, and what PEFT needs to load an adapter
+    state.json                    TrainState, the spec, shapes, what PEFT needs for an adapter
     manifest.json                 sizes and hashes of the rest; see qlora_dist.checkpoints
 
-:mod:`qlora_dist.train.saver` writes them. Rows of ranks are neighbours in the order of the ranks,
+:mod:`qlora_dist.train.saver` writes them. Parts of ranks are neighbours in the order of the ranks,
 so that any number of processes, under any strategy, finds its own (:class:`SavedRows`).
 """
 
 import contextlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,6 @@ class Part:
     Attributes:
         attempt: Of the run; what an older one saves, when a newer has begun, is not committed.
         trained: What is trained, as this process has it.
-        optimizer: Of what it steps.
         target_modules: Layers that an adapter is on, as PEFT names them.
         corpus_sha256: Of the corpus; a run goes on only with the one it began with.
         say: Takes lines for a person.
@@ -86,7 +86,6 @@ class Part:
     spec: RunSpec
     world: World
     trained: Trained
-    optimizer: Any
     target_modules: list[str]
     corpus_sha256: str
     say: Callable[[str], None]
@@ -142,8 +141,10 @@ def restore(part: Part, checkpoint: Checkpoint) -> TrainState:
     with SavedRows(checkpoint, WEIGHTS) as weights, SavedRows(checkpoint, MOMENTS) as moments:
         weights.check({name: held.shape for name, held in part.trained.held.items()})
         for name, held in part.trained.held.items():
-            held.tensor.copy_(weights.read(name, held.first, len(held.tensor)))
+            found = weights.read(name, held.start, held.tensor.numel())
+            held.tensor.copy_(found.view(held.tensor.shape))
         _restore_moments(part, moments, step=state.step)
+    part.trained.restored()
     _restore_rng(part, checkpoint, state)
     return state
 
@@ -154,19 +155,25 @@ def _restore_moments(part: Part, saved: "SavedRows", *, step: int) -> None:
     parameter_of = {key: key.rpartition(".")[0] for key in saved.names}
     if odd := sorted(set(parameter_of.values()) - set(held)):
         raise CheckpointError(f"{saved.path}: does not fit the model: {', '.join(odd[:3])}")
+    wanted = {key for key, name in parameter_of.items() if name in stepped}
+    if step:
+        part.trained.allocate(step)
 
     def read(key: str) -> torch.Tensor:
         its = held[parameter_of[key]]
         if tuple(its.tensor.shape) == its.shape:
+            # Moments of 8 bits have constants beside them, of other shapes.
             return saved.read_whole(key)
-        return saved.read(key, its.first, len(its.tensor))
+        return saved.read(key, its.start, its.tensor.numel()).view(its.tensor.shape)
 
-    mine = [key for key, name in parameter_of.items() if name in stepped]
-    set_moments(part.spec.optimizer, part.optimizer, stepped, mine, read, step=step)
+    set_moments(part.trained.moments(), wanted, read)
 
 
 class SavedRows:
-    """Tensors of a checkpoint that one rank saved whole, or several as neighbouring rows.
+    """Tensors of a checkpoint that one rank saved whole, or several in parts.
+
+    A part is neighbouring rows, or neighbouring elements without a shape; parts follow one another
+    in the order of the ranks.
 
     Args:
         checkpoint: The checkpoint.
@@ -183,8 +190,11 @@ class SavedRows:
         )
         self._open = contextlib.ExitStack()
         self._parts: dict[str, list[Any]] = {}
+        self._shapes: dict[str, list[int]] = {}
 
     def __enter__(self) -> "SavedRows":
+        state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        self._shapes = state.get("shapes", {})
         for name in self._names:
             file = self._open.enter_context(safe_open(self.path / name, "pt"))
             for key in file.keys():  # noqa: SIM118 - no mapping
@@ -200,8 +210,12 @@ class SavedRows:
         return self._parts.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of all rows of a tensor."""
+        """Of all of a tensor."""
         shapes = [part.get_shape() for part in self._parts[name]]
+        # A moment is named after its weight.
+        weight = self._shapes.get(name) or self._shapes.get(name.rpartition(".")[0])
+        if weight and sum(map(math.prod, shapes)) == math.prod(weight):
+            return tuple(weight)
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -220,21 +234,24 @@ class SavedRows:
         return DTYPES[self._parts[name][0].get_dtype()]
 
     def read_whole(self, name: str) -> torch.Tensor:
-        """All rows of a tensor."""
-        return self.read(name, 0, self.shape(name)[0])
+        """All of a tensor, in its shape."""
+        shape = self.shape(name)
+        return self.read(name, 0, math.prod(shape)).view(shape)
 
-    def read(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Neighbouring rows of a tensor."""
+    def read(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Neighbouring elements of a tensor, ``(count,)``."""
         found, begin = [], 0
         for part in self._parts[name]:
-            rows = part.get_shape()[0]
-            a, b = max(first - begin, 0), min(first + count - begin, rows)
+            shape = part.get_shape()
+            row, size = math.prod(shape[1:]), math.prod(shape)
+            a, b = max(start - begin, 0), min(start + count - begin, size)
             if a < b:
-                found.append(part[a:b])
-            begin += rows
+                rows = part[a // row : -(-b // row)].reshape(-1)
+                found.append(rows[a % row : a % row + b - a])
+            begin += size
         if len(found) == 1:
             return found[0]
-        return torch.cat(found) if found else self._parts[name][0][0:0]
+        return torch.cat(found) if found else self._parts[name][0][0:0].reshape(-1)
 
 
 def _restore_rng(part: Part, checkpoint: Checkpoint, state: TrainState) -> None:

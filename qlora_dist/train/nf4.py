@@ -266,3 +266,33 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """Its sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Nf4Bytes(Nf4Linear):
+    """The same layer with its weight as two plain parameters of bytes, for whoever cuts these.
+
+    Attributes:
+        packed: As in :class:`Nf4Tensor`; its shape may be another while it is cut.
+        absmax: The same.
+    """
+
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    constants: Constants
+
+    @classmethod
+    def of(cls, layer: Nf4Linear, constants: Constants | None) -> "Nf4Bytes":
+        """Make this of a layer in place, whose bytes follow."""
+        assert constants is not None
+        del layer._parameters["weight"]
+        layer.__class__ = cls
+        assert isinstance(layer, Nf4Bytes)
+        layer.constants = constants
+        return layer
+
+    @property
+    def weight(self) -> Nf4Tensor:  # type: ignore[override]
+        """The matrix, whole where the bytes are."""
+        rows, width = self.constants.shape
+        shape = torch.Size((rows, width))
+        return Nf4Tensor(self.packed, self.absmax, self.constants, self.compute_dtype, shape)

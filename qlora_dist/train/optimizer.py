@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from qlora_dist.errors import CheckpointError
 from qlora_dist.plan import Length
@@ -19,15 +18,27 @@ _TORCH = ("exp_avg", "exp_avg_sq")
 _BITSANDBYTES = ("state1", "state2", "absmax1", "absmax2")
 
 
-def make_optimizer(section: OptimizerSection, parameters: Mapping[str, nn.Parameter]) -> Any:
+def make_optimizer(
+    section: OptimizerSection,
+    parameters: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Any:
     """The optimizer that a spec names, over parameters that are on their device.
 
     Norms and biases do not decay, as in transformers' Trainer.
+
+    Args:
+        section: Names it.
+        parameters: What it steps.
+        shapes: Of the whole weights, where the parameters do not tell.
     """
     tensors = list(parameters.values())
+    whole = shapes or {name: tuple(p.shape) for name, p in parameters.items()}
+    matrices = [p for name, p in parameters.items() if len(whole[name]) > 1]
+    vectors = [p for name, p in parameters.items() if len(whole[name]) <= 1]
     groups = [
-        {"params": [p for p in tensors if p.ndim > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": section.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {
@@ -47,20 +58,16 @@ def make_optimizer(section: OptimizerSection, parameters: Mapping[str, nn.Parame
     return kinds[section.kind](groups, **common)
 
 
-def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The moments themselves, not copies, as ``parameter.moment``; empty before the first step.
-
-    Paged moments lie in managed memory, which bitsandbytes shows as CPU tensors. Here they are seen
-    through the GPU: a copy of them is then one in device order, wherever their pages are.
-    """
+def moments(optimizer: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The moments themselves, not copies, as ``parameter.moment``; empty before the first step."""
     return {
-        f"{name}.{moment}": _on_device(tensor, parameter.device)
+        f"{name}.{moment}": tensor
         for name, parameter in parameters.items()
-        for moment, tensor in _state_tensors(optimizer, parameter)
+        for moment, tensor in state_tensors(optimizer, parameter)
     }
 
 
-def moment_bytes(section: OptimizerSection, parameter: nn.Parameter) -> int:
+def moment_bytes(section: OptimizerSection, parameter: torch.Tensor) -> int:
     """Bytes that a parameter's moments will take, once the optimizer has made them."""
     if section.kind == "adamw":
         return 2 * parameter.nbytes
@@ -70,47 +77,38 @@ def moment_bytes(section: OptimizerSection, parameter: nn.Parameter) -> int:
 
 
 def set_moments(
-    section: OptimizerSection,
-    optimizer: Any,
-    parameters: Mapping[str, nn.Parameter],
-    names: Collection[str],
-    read: Callable[[str], torch.Tensor],
-    *,
-    step: int,
+    own: Mapping[str, torch.Tensor], names: Collection[str], read: Callable[[str], torch.Tensor]
 ) -> None:
-    """Put back what :func:`moments` gave after ``step`` steps.
+    """Put back what :func:`moments` gave.
 
     Args:
-        section: What made the optimizer.
-        optimizer: A fresh one.
-        parameters: What it is for.
-        names: Those moments of these that are there.
-        read: Gives one of them.
-        step: Steps that are behind it.
+        own: What it gives of a fresh optimizer, with memory that :func:`allocate_moments` took.
+        names: Those that were saved.
+        read: Gives one of them, of the same shape.
 
     Raises:
         CheckpointError: Not every moment is there, or there are others.
     """
-    if step:
-        for group, members in enumerate(optimizer.param_groups):
-            for index, parameter in enumerate(members["params"]):
-                _allocate(section, optimizer, (group, index), parameter, step)
-    own = moments(optimizer, parameters)
-    if set(own) != set(names):
-        odd = sorted(set(own) ^ set(names))
+    if odd := sorted(own.keys() ^ set(names)):
         raise CheckpointError(f"the optimizer's state does not fit the model: {', '.join(odd[:3])}")
     for name, tensor in own.items():
         saved = read(name)
         if tensor.shape != saved.shape or tensor.dtype != saved.dtype:
             raise CheckpointError(f"the optimizer's state does not fit the model: {name}")
         tensor.copy_(saved)
-    if any(parameter.device.type == "cuda" for parameter in parameters.values()):
+    if any(tensor.device.type == "cuda" for tensor in own.values()):
         torch.cuda.synchronize()
 
 
-def _state_tensors(optimizer: Any, parameter: nn.Parameter) -> list[tuple[str, torch.Tensor]]:
+def state_tensors(optimizer: Any, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Names and moments of one parameter.
+
+    Paged moments lie in managed memory, which bitsandbytes shows as CPU tensors. Here they are seen
+    through the GPU: a copy of them is then one in device order, wherever their pages are.
+    """
     state = optimizer.state[parameter]
-    return [(name, state[name]) for name in (*_TORCH, *_BITSANDBYTES) if name in state]
+    names = [name for name in (*_TORCH, *_BITSANDBYTES) if name in state]
+    return [(name, _on_device(state[name], parameter.device)) for name in names]
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -133,18 +131,21 @@ class _Managed:
         }
 
 
-def _allocate(
-    section: OptimizerSection,
-    optimizer: Any,
-    place: tuple[int, int],
-    parameter: nn.Parameter,
-    step: int,
-) -> None:
-    """Give a parameter's moments memory of the kind that the optimizer itself would take.
+def allocate_moments(optimizer: Any, step: int) -> None:
+    """Give the moments of a fresh optimizer memory of the kind that it would take itself.
 
-    Its place is the number of its group, and its own in that.
+    Args:
+        optimizer: One of :func:`make_optimizer`.
+        step: Steps that are behind it.
     """
-    if section.kind != "adamw":
+    for group, members in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(members["params"]):
+            allocate(optimizer, (group, index), parameter, step)
+
+
+def allocate(optimizer: Any, place: tuple[int, int], parameter: torch.Tensor, step: int) -> None:
+    """The same for one parameter: number of its group, and its own in that."""
+    if not isinstance(optimizer, torch.optim.AdamW):
         if not optimizer.initialized:
             optimizer.check_overrides()
             optimizer.to_gpu()

@@ -51,12 +51,11 @@ def rehearse(t: Training, state: TrainState) -> None:
         moments = _room_for_moments(t) if state.step == 0 else None
         with t.autocast():
             loss = summed_loss(t.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        t.trained.rehearse(loss)
     except torch.OutOfMemoryError as error:
         _blame_others(t.world.device)
         raise PlanError(_too_large(t, batch.input_ids.shape, error)) from error
     del moments, loss
-    t.trained.zero()
     set_rng(generators, t.world.device)
     if t.world.device.type == "cuda":
         peak, planned = torch.cuda.max_memory_allocated(), t.plan.memory.peak_bytes

@@ -29,7 +29,7 @@ from qlora_dist.train.checkpoint import (
 )
 from qlora_dist.train.generators import get_rng
 from qlora_dist.train.log import Metrics
-from qlora_dist.train.optimizer import moment_bytes, moments
+from qlora_dist.train.optimizer import moment_bytes
 from qlora_dist.train.snapshot import ALIGNMENT, Snapshot
 from qlora_dist.train.tensor_file import Entry, write_tensors
 
@@ -129,13 +129,12 @@ class Saver:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What this process writes, as ``FILE:TENSOR``; the tensors themselves."""
-        part, trained = self._part, self._part.trained
+        trained = self._part.trained
         file = weights_name(self._world.rank)
         found = {f"{file}:{name}": tensor for name, tensor in trained.saved.items()}
         if trained.saves_moments:
             file = moments_name(self._world.rank)
-            own = moments(part.optimizer, trained.stepped)
-            found |= {f"{file}:{name}": tensor for name, tensor in own.items()}
+            found |= {f"{file}:{name}": tensor for name, tensor in trained.moments().items()}
         return found
 
     def poll(self, *, wait: bool = False) -> None:
@@ -274,6 +273,7 @@ class Saver:
         tree = {
             "train": asdict(state),
             "target_modules": self._part.target_modules,
+            "shapes": {name: held.shape for name, held in self._part.trained.held.items()},
             "spec": self._part.spec.model_dump(mode="json"),
         }
         write_json(partial / STATE, tree)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qlora_dist.data.corpus import Corpus
 from qlora_dist.data.schedule import corpus_facts, make_schedule
 from qlora_dist.data.store import Store, open_store
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.engine_config import check_files
+from qlora_dist.engine_config import check_files, deepspeed_config
 from qlora_dist.errors import CheckpointError, PlanError, QLoRAError, RunDirError
 from qlora_dist.files import SEEN_WITHIN_S, wait_for
 from qlora_dist.layout import RunDir, corpora_dir, open_run
@@ -119,7 +120,8 @@ def _train(
     world.pulse.at("loading the model")
     faults.reach("load")
     attention = attention_of(spec)
-    strategy = STRATEGIES[spec.strategy.kind](world, spec)
+    accelerator = _accelerator(run, plan, world)
+    strategy = STRATEGIES[spec.strategy.kind](world, spec, accelerator)
     base = empty_base(spec, attention=attention, share=strategy.share, dtype=dtype_of_weights(spec))
     check_shape(base.model, plan)
     layers = len(linear_layers(base.model))
@@ -130,14 +132,14 @@ def _train(
     clock.lap("model")
 
     trained = strategy.train(trainable(model))
-    optimizer = make_optimizer(spec.optimizer, trained.stepped)
+    shapes = {name: held.shape for name, held in trained.held.items()}
+    model = trained.begin(model, make_optimizer(spec.optimizer, trained.stepped, shapes))
     part = Part(
         run=run,
         attempt=progress.attempt,
         spec=spec,
         world=world,
         trained=trained,
-        optimizer=optimizer,
         target_modules=targets,
         corpus_sha256=corpus.store.sha256,
         say=log.say,
@@ -152,7 +154,7 @@ def _train(
     metrics.cut(state.metrics_bytes)
     saver = Saver(part, metrics, state)
     saver.prepare()
-    autocast, track, finish_tracking = _accelerate(run, plan, world, state)
+    track, finish_tracking = _trackers(run, spec, accelerator, state)
 
     training = Training(
         plan=plan,
@@ -165,8 +167,7 @@ def _train(
         schedule=make_schedule(spec, corpus),
         model=model,
         trained=trained,
-        optimizer=optimizer,
-        autocast=autocast,
+        autocast=_autocast(spec, world),
         saver=saver,
         metrics=metrics,
         track=track,
@@ -330,33 +331,46 @@ def _say_model(
     )
 
 
-def _accelerate(
-    run: RunDir, plan: Plan, world: World, state: TrainState
-) -> tuple[
-    Callable[[], AbstractContextManager[Any]],
-    Callable[[dict[str, float], int], None],
-    Callable[[], None],
-]:
-    """Autocast and trackers, which Accelerate gives.
-
-    Returns:
-        ``(autocast, track, finish)``.
-    """
+def _accelerator(run: RunDir, plan: Plan, world: World) -> Any:
+    """Accelerate's, for trackers, and for DeepSpeed with the run's own file."""
     from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs
+    from accelerate.utils import DeepSpeedPlugin
 
     spec = plan.spec
-    tracker = None if spec.tracking.kind == "none" else spec.tracking.kind
-    accelerator = Accelerator(
-        mixed_precision="bf16" if spec.model.dtype == "bf16" else "no",
-        # A forward pass uses each weight once: cached copies of them would only take memory.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        cpu=world.device.type == "cpu",
-        log_with=tracker,
+    plugin = None
+    if deepspeed_config(plan) is not None:
+        plugin = DeepSpeedPlugin(
+            hf_ds_config=str(run.root / "ds_config.json"), zero3_init_flag=False
+        )
+    made = Accelerator(
+        # Told so, it would not take DeepSpeed.
+        cpu=world.device.type == "cpu" and plugin is None,
+        log_with=None if spec.tracking.kind == "none" else spec.tracking.kind,
         project_dir=str(run.root),
+        deepspeed_plugin=plugin,
     )
-    if tracker is None:
-        return accelerator.autocast, lambda *_: None, lambda: None
+    if plugin is not None:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Else transformers would have every model that it builds cut under zero3; ours is filled
+        # piece by piece (qlora_dist.train.load).
+        unset_hf_deepspeed_config()
+    return made
+
+
+def _autocast(spec: RunSpec, world: World) -> Callable[[], AbstractContextManager[Any]]:
+    """What forward passes run in. A pass uses each weight once: copies would only take memory."""
+    if spec.model.dtype != "bf16":
+        return contextlib.nullcontext
+    return partial(torch.autocast, world.device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _trackers(
+    run: RunDir, spec: RunSpec, accelerator: Any, state: TrainState
+) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
+    """Curves, which Accelerate gives: ``(track, finish)``."""
+    if spec.tracking.kind == "none":
+        return lambda *_: None, lambda: None
     # What an earlier attempt logged after its checkpoint gives way to this one's.
     accelerator.init_trackers(
         run.tracking.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}}
@@ -373,4 +387,4 @@ def _accelerate(
             with contextlib.suppress(OSError):
                 item.finish()
 
-    return accelerator.autocast, track, finish
+    return track, finish

@@ -18,18 +18,21 @@ from qlora_dist.train.fill import WHOLE, Share, Slot
 from qlora_dist.train.load import DTYPES, put_whole
 from qlora_dist.train.trained import Rows, Trained, Whole
 from qlora_dist.train.world import World
+from qlora_dist.train.zero import Zero
 
 
 class Strategy(Protocol):
     """What a run needs of a strategy, in the order in which it is asked.
 
     Attributes:
-        share: Which rows of the base this process holds.
+        holders: The processes that hold one model together.
+        share: Which of its rows this process holds.
     """
 
+    holders: World
     share: Share
 
-    def __init__(self, world: World, spec: RunSpec) -> None: ...
+    def __init__(self, world: World, spec: RunSpec, accelerator: Any = None) -> None: ...
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Arrange the base, whose weights are not there yet, and the trainable parameters in it."""
@@ -49,9 +52,9 @@ class Single:
 
     share = WHOLE
 
-    def __init__(self, world: World, spec: RunSpec) -> None:
+    def __init__(self, world: World, spec: RunSpec, accelerator: Any = None) -> None:
         assert world.size == 1
-        self._world = world
+        self.holders = world
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Nothing to arrange."""
@@ -62,7 +65,7 @@ class Single:
 
     def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
         """All of them are here."""
-        return Whole(parameters, self._world, shares_moments=False)
+        return Whole(parameters, self.holders, self.holders)
 
 
 class Replicated:
@@ -75,8 +78,8 @@ class Replicated:
 
     share = WHOLE
 
-    def __init__(self, world: World, spec: RunSpec) -> None:
-        self._world = world
+    def __init__(self, world: World, spec: RunSpec, accelerator: Any = None) -> None:
+        self._world, self.holders = world, world.alone()
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Nothing to arrange."""
@@ -87,7 +90,7 @@ class Replicated:
 
     def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
         """Every process has all of them, and takes the same step."""
-        return Whole(parameters, self._world, shares_moments=False)
+        return Whole(parameters, self._world, self.holders)
 
 
 class Sharded:
@@ -100,16 +103,21 @@ class Sharded:
     trained themselves are cut, and gathered in the dtype of the computation.
     """
 
-    def __init__(self, world: World, spec: RunSpec) -> None:
+    def __init__(self, world: World, spec: RunSpec, accelerator: Any = None) -> None:
         self._world = world
-        self._mesh = world.mesh()
-        self.share = Share(world.rank, world.size)
+        self.holders, self._copies = self._divide(world)
+        self.share = Share(self.holders.rank, self.holders.size)
+        self._mesh = self.holders.mesh()
         self._rows = cuts_trained(spec)
         self._policy = MixedPrecisionPolicy()
         if not isinstance(spec.adapter, LoraAdapter) and spec.model.dtype == "bf16":
             self._policy = MixedPrecisionPolicy(
                 param_dtype=DTYPES["bf16"], reduce_dtype=torch.float32, cast_forward_inputs=False
             )
+
+    def _divide(self, world: World) -> tuple[World, World]:
+        """The processes that hold one model, and those that have the same rows of others."""
+        return world, world.alone()
 
     def shard(self, base: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Have FSDP2 cut every decoder layer, and the embedding and the head as one more."""
@@ -141,12 +149,26 @@ class Sharded:
     def train(self, parameters: Mapping[str, nn.Parameter]) -> Trained:
         """Each process steps its rows, or its part of an adapter that all have."""
         if self._rows:
-            return Rows(parameters, self._world, self.share)
-        return Whole(parameters, self._world, shares_moments=True)
+            return Rows(parameters, self.holders, self._copies, self.share)
+        return Whole(parameters, self._world, self.holders)
+
+
+class Hybrid(Sharded):
+    """hsdp: each node holds a model, sharded over its processes as under fsdp.
+
+    Weights are gathered inside a node alone. Between nodes gradients travel, once a step; FSDP2
+    with a mesh of two dimensions would have them travel after every backward pass.
+    """
+
+    def _divide(self, world: World) -> tuple[World, World]:
+        return world.within_node(), world.across_nodes()
 
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "single": Single,
     "ddp": Replicated,
     "fsdp": Sharded,
+    "hsdp": Hybrid,
+    "zero2": Zero,
+    "zero3": Zero,
 }

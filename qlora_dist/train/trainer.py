@@ -40,7 +40,6 @@ class Training:
         flat: Batches are one row of samples, for an attention kernel that is told their bounds.
         model: Base, maybe with an adapter, on its device.
         trained: What of it is trained.
-        optimizer: Of what this process steps.
         autocast: Gives the context that forward passes run in.
         track: Takes a dict of numbers and a step for the curves.
         step: Steps that are complete, for whoever has to say where the run ended.
@@ -56,7 +55,6 @@ class Training:
     schedule: SampleSchedule
     model: Any
     trained: Trained
-    optimizer: Any
     autocast: Callable[[], AbstractContextManager[Any]]
     saver: Saver
     metrics: Metrics
@@ -117,21 +115,15 @@ def _train_step(t: Training, state: TrainState) -> TrainState:
     )
     lr = learning_rate(state.step, spec.schedule, t.length, peak=spec.optimizer.lr)
     loss = _accumulate(t, mine, total_targets)
-    t.trained.reduce()
+    t.world.pulse.took(micro_s=(time.perf_counter() - begin) / len(mine))
     limit = spec.optimizer.max_grad_norm
-    grad_norm = t.trained.clip(math.inf if limit is None else limit)
+    grad_norm = t.trained.step(lr, math.inf if limit is None else limit)
     mean_loss = math.fsum(row[0] for row in t.world.gather([loss.item()]))
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         raise DivergedError(
             f"step {state.step + 1}: loss {mean_loss}, gradient norm {grad_norm}, on samples "
             f"{samples.tolist()}; the last checkpoint is from before. Try a lower optimizer.lr"
         )
-    t.world.pulse.took(micro_s=(time.perf_counter() - begin) / len(mine))
-    for group in t.optimizer.param_groups:
-        group["lr"] = lr
-    t.optimizer.step()
-    t.trained.spread()
-
     before = state.position
     state = replace(
         state,
@@ -162,7 +154,7 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
     generators = get_rng(t.world.device)
     t.trained.zero()
     loss = torch.zeros((), device=t.world.device)
-    for micro in rows:
+    for number, micro in enumerate(rows):
         try:
             t.check_stop()
         except Preempted:
@@ -177,7 +169,7 @@ def _accumulate(t: Training, rows: npt.NDArray[np.int64], total_targets: int) ->
         )
         with t.autocast():
             part = summed_loss(t.model, batch) / total_targets
-        part.backward()  # type: ignore[no-untyped-call]
+        t.trained.backward(part, last=number == len(rows) - 1)
         loss += part.detach()
         faults.reach("accumulation")
     return loss

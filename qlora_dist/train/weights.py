@@ -45,7 +45,6 @@ def load_weights(
         DamagedCacheError: A cache is damaged, and so is the one that was made instead.
     """
     progress = EverySoOften(log.say)
-    shared = strategy.share.size > 1
 
     def on_bytes(done: int, total: int) -> None:
         world.pulse.at("loading the model")
@@ -59,7 +58,7 @@ def load_weights(
             device=world.device,
             folder=folder,
             share=strategy.share,
-            gather=world.gather_rows if shared else lambda rows: rows,
+            gather=strategy.holders.gather_rows,
             put=strategy.put,
             sums=sums,
             on_bytes=on_bytes,
@@ -74,7 +73,7 @@ def load_weights(
         """Read a cache; what is wrong with its bytes, the same text on all processes."""
         sums: dict[str, torch.Tensor] = {}
         read(folder, sums)
-        own = nf4_cache.wrong_sum(folder, _total(sums, folder, world if shared else None))
+        own = nf4_cache.wrong_sum(folder, _total(sums, folder, strategy.holders))
         return world.first_text(own)
 
     local_dir = _usable(local_dir, log)
@@ -199,10 +198,8 @@ def _near(
     return path
 
 
-def _total(sums: Mapping[str, torch.Tensor], folder: Path, world: World | None) -> dict[str, int]:
-    """Checksums of whole tensors; of this process's alone where it has read all of each."""
+def _total(sums: Mapping[str, torch.Tensor], folder: Path, holders: World) -> dict[str, int]:
+    """Checksums of whole tensors, of which each process has read its rows."""
     names = list(nf4_cache.read_manifest(folder)["tensors"])
     values = [int(sums[name].item()) if name in sums else 0 for name in names]
-    if world is not None:
-        values = world.sum_ints(values)
-    return dict(zip(names, values, strict=True))
+    return dict(zip(names, holders.sum_ints(values), strict=True))

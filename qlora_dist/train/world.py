@@ -1,4 +1,4 @@
-"""World: the processes of a run, and the little that they tell one another.
+"""World: the processes of a run, or a part of them, and the little that they tell one another.
 
 Gradients travel on the default group (NCCL or gloo); flags and
 small JSON values on a gloo group of their own, so that they never wait for a GPU. Nothing is
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -41,13 +41,14 @@ class World:
     """One process among those of a run.
 
     Attributes:
-        rank: Global rank.
-        size: Processes over all nodes.
+        rank: Of this process among them.
+        size: How many they are.
         device: Where this process computes.
         pulse: Told whenever this process waits for another.
         node: Number of this process's machine.
         local_rank: Rank on it.
         num_nodes: Machines.
+        part: Which part of the run's processes these are; 0 of all.
     """
 
     rank: int
@@ -57,7 +58,10 @@ class World:
     node: int = 0
     local_rank: int = 0
     num_nodes: int = 1
+    part: int = 0
     _timeout: timedelta = timedelta(minutes=30)
+    _parts: Sequence[Sequence[int]] = ()
+    _group: Any = None
     _control: Any = None
     _store: Any = None
 
@@ -88,11 +92,10 @@ class World:
         device = _device(topology, place.local_rank)
         if place.size == 1:
             return cls(0, 1, device, pulse)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s + _TIME_TO_LOOK_S)
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            backend,
+            _backend(device),
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
@@ -100,9 +103,63 @@ class World:
             device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-        node, local = rank // topology.processes_per_node, place.local_rank
-        ours, nodes = PrefixStore("qlora", store), topology.nodes
-        return cls(rank, size, device, pulse, node, local, nodes, timeout, control, ours)
+        return cls(
+            rank,
+            size,
+            device,
+            pulse,
+            node=rank // topology.processes_per_node,
+            local_rank=place.local_rank,
+            num_nodes=topology.nodes,
+            _timeout=timeout,
+            _parts=[range(size)],
+            _control=control,
+            _store=PrefixStore("qlora", store),
+        )
+
+    @property
+    def backend(self) -> str:
+        """Of the default group."""
+        return _backend(self.device)
+
+    def alone(self) -> "World":
+        """This process, a part of its own."""
+        return World(0, 1, self.device, self.pulse, part=self.rank)
+
+    def within_node(self) -> "World":
+        """The processes of this machine. All ranks call this together."""
+        inside = self.size // self.num_nodes
+        return self._divide([range(n * inside, (n + 1) * inside) for n in range(self.num_nodes)])
+
+    def across_nodes(self) -> "World":
+        """The processes of this one's local rank on all machines. All ranks call this together."""
+        inside = self.size // self.num_nodes
+        return self._divide([range(local, self.size, inside) for local in range(inside)])
+
+    def _divide(self, parts: Sequence[Sequence[int]]) -> "World":
+        """The part of the ranks that this one is in, over groups of its own.
+
+        It has no store: nothing long is done on one of its ranks.
+        """
+        (mine,) = (number for number, ranks in enumerate(parts) if self.rank in ranks)
+        if len(parts[mine]) == 1:
+            return replace(self.alone(), part=mine)
+        return replace(
+            self,
+            rank=parts[mine].index(self.rank),
+            size=len(parts[mine]),
+            part=mine,
+            _parts=parts,
+            _group=self._new_groups(parts),
+            _control=self._new_groups(parts, backend="gloo"),
+            _store=None,
+        )
+
+    def _new_groups(self, parts: Sequence[Sequence[int]], **options: Any) -> Any:
+        """A group for each part, which every rank must make; returns this rank's."""
+        groups = [dist.new_group(list(p), timeout=self._timeout, **options) for p in parts]
+        (mine,) = (group for group in groups if group is not dist.GroupMember.NON_GROUP_MEMBER)
+        return mine
 
     def second(self) -> "World":
         """The same processes over a control group of their own, for a thread beside this one's.
@@ -115,21 +172,18 @@ class World:
         return replace(self, pulse=Pulse(), _control=group)
 
     def mesh(self) -> DeviceMesh:
-        """All processes, over a group of their own for what is gathered beside computing.
+        """These processes, over a group of their own for what is gathered beside computing.
 
-        All ranks call this together.
+        All ranks of the run call this together.
         """
-        if self.device.type != "cuda":
-            return init_device_mesh(self.device.type, (self.size,))
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self._timeout
-        options.config.max_ctas = _GATHER_BLOCKS
-        return init_device_mesh(
-            "cuda",
-            (self.size,),
-            mesh_dim_names=("gather",),
-            backend_override={0: ("nccl", options)},
-        )
+        options: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = self._timeout
+            nccl.config.max_ctas = _GATHER_BLOCKS
+            options["pg_options"] = nccl
+        group = self._new_groups(self._parts, **options)
+        return DeviceMesh.from_group(group, self.device.type)
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -201,11 +255,11 @@ class World:
         data = json.dumps(value).encode() if self.rank == source else b""
         length = torch.tensor([len(data)])
         with self.pulse.waiting():
-            dist.broadcast(length, src=source, group=self._control)
+            dist.broadcast(length, group_src=source, group=self._control)
             buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
             if self.rank == source:
                 buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            dist.broadcast(buffer, src=source, group=self._control)
+            dist.broadcast(buffer, group_src=source, group=self._control)
         return json.loads(bytes(buffer.numpy()).decode())
 
     def on_rank_0(
@@ -331,14 +385,14 @@ class World:
         if self.size == 1:
             return rows
         whole = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(whole, rows)
+        dist.all_gather_into_tensor(whole, rows, group=self._group)
         return whole
 
     def share_parts(self, parts: Sequence[torch.Tensor]) -> None:
         """Give every rank the part of each: the rank's own is sent, the others are overwritten."""
         if self.size > 1:
             sent = [
-                dist.broadcast(part, src=rank, async_op=True)
+                dist.broadcast(part, group_src=rank, group=self._group, async_op=True)
                 for rank, part in enumerate(parts)
                 if part.numel()
             ]
@@ -348,7 +402,7 @@ class World:
     def sum_in_place(self, buffer: torch.Tensor) -> None:
         """Sum a tensor on the device over all ranks."""
         if self.size > 1:
-            dist.all_reduce(buffer, op=dist.ReduceOp.SUM)
+            dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=self._group)
 
 
 class _Heartbeat:
@@ -371,6 +425,10 @@ class _Heartbeat:
         while not self._end.wait(_BEAT_S if count else 0.0):
             count += 1
             self._store.set(self._key, str(count))
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _device(topology: Topology, local_rank: int) -> torch.device:

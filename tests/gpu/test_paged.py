@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qlora_dist.spec import OptimizerSection
-from qlora_dist.train.optimizer import make_optimizer, moments, set_moments
+from qlora_dist.train.optimizer import allocate_moments, make_optimizer, moments, set_moments
 from qlora_dist.train.snapshot import Snapshot
 
 
@@ -39,7 +39,8 @@ def test_an_optimizer_goes_on_from_its_saved_moments_bit_for_bit(kind):
 
     resumed = {name: nn.Parameter(weight) for name, weight in weights.items()}
     again = make_optimizer(section, resumed)
-    set_moments(section, again, resumed, saved, step=3)
+    allocate_moments(again, 3)
+    set_moments(moments(again, resumed), saved, saved.__getitem__)
     if kind.startswith("paged_"):
         assert getattr(again.state[resumed["large"]]["state1"], "is_paged", False)
         assert not getattr(again.state[resumed["small"]]["state1"], "is_paged", False)

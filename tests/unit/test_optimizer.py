@@ -6,7 +6,13 @@ from torch import nn
 
 from qlora_dist.errors import CheckpointError
 from qlora_dist.spec import OptimizerSection
-from qlora_dist.train.optimizer import make_optimizer, moment_bytes, moments, set_moments
+from qlora_dist.train.optimizer import (
+    allocate_moments,
+    make_optimizer,
+    moment_bytes,
+    moments,
+    set_moments,
+)
 from qlora_dist.train.snapshot import Snapshot
 
 KINDS = ["adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"]
@@ -41,7 +47,8 @@ def test_an_optimizer_goes_on_from_its_saved_moments_bit_for_bit(kind):
 
     resumed = {name: nn.Parameter(weight) for name, weight in weights.items()}
     again = make_optimizer(section, resumed)
-    set_moments(section, again, resumed, saved, saved.__getitem__, step=3)
+    allocate_moments(again, 3)
+    set_moments(moments(again, resumed), saved, saved.__getitem__)
     steps(again, resumed, 3, seed=2)
     for name, parameter in whole.items():
         assert torch.equal(parameter, resumed[name])
@@ -59,8 +66,10 @@ def test_moments_of_another_kind_are_refused():
     steps(optimizer, parameters, 1, seed=1)
     saved = Snapshot().take(moments(optimizer, parameters))
     other = fresh()
+    again = make_optimizer(eight, other)
+    allocate_moments(again, 1)
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        set_moments(eight, make_optimizer(eight, other), other, saved, saved.__getitem__, step=1)
+        set_moments(moments(again, other), saved, saved.__getitem__)
 
 
 def test_a_snapshot_is_a_copy_and_grows():
