@@ -6,6 +6,7 @@ DeepSpeed has cut is in :mod:`qlora_dist.train.zero`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -128,7 +129,7 @@ class Gradients:
             offset += parameter.numel()
 
 
-class _Stepping:
+class _Stepping(ABC):
     """A step with an optimizer of plain parameters, whose gradients lie in one buffer."""
 
     stepped: Mapping[str, torch.Tensor]
@@ -148,7 +149,7 @@ class _Stepping:
         """As the optimizer would."""
         allocate_moments(self._optimizer, step)
 
-    def restored(self) -> None:
+    def restored(self) -> None:  # noqa: B027 - whoever steps plain parameters has nothing to do
         """They are the parameters themselves."""
 
     def zero(self) -> None:
@@ -175,17 +176,17 @@ class _Stepping:
             self.spread()
         return norm
 
+    @abstractmethod
     def reduce(self) -> None:
         """Turn each process's gradients into those of the global batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a norm; returns the norm before that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spread(self) -> None:
         """Give every process what the others' optimizers have made of the weights."""
-        raise NotImplementedError
 
 
 class Whole(_Stepping):

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_dist.layout import RunDir
 from qlora_dist.train.compare import differences
-from tests.dist.test_full import FULL, compare, single, tied_model  # noqa: F401 - fixtures
+from tests.dist.test_full import FULL, single, tied_model, unlike  # noqa: F401 - fixtures
 
 BF16 = {"model__dtype": "bf16", "optimizer__kind": "paged_adamw_32bit"}
 
@@ -45,7 +45,7 @@ def test_a_run_is_ddps_and_a_resumed_one_the_unbroken_one(
 ):
     """NF4, with dropout; the norm is summed in another order."""
     whole = run_of("whole-zero", strategy__kind=kind)
-    compare(whole, whole_run, loss=1e-6)
+    assert unlike(whole, whole_run, loss=1e-6) == []
     assert differences(whole, stopped_and_resumed("half", strategy__kind=kind)) == []
 
 
@@ -54,7 +54,7 @@ def test_a_run_goes_from_ddp_to_fsdp_to_zero3(half_run, whole_run, stop, qlora):
     code, output = stop("resume", half_run.root, "strategy.kind=fsdp", count=6)
     assert code == 85, output
     qlora("resume", half_run.root, "strategy.kind=zero3")
-    compare(half_run, whole_run, loss=1e-6)
+    assert unlike(half_run, whole_run, loss=1e-6) == []
 
 
 def test_an_engine_file_that_was_edited_by_hand_is_refused(config, qlora):
@@ -83,11 +83,9 @@ def test_an_engine_file_that_was_edited_by_hand_is_refused(config, qlora):
 def test_other_methods_are_ddps_too(run_of, changes):
     # Sums of gradients have another order, which bf16 rounds away or not.
     bound = 1e-4 if changes.get("model__dtype") == "bf16" else 1e-6
-    compare(
-        run_of("zero", strategy__kind="zero3", **changes),
-        run_of("ddp", strategy__kind="ddp", **changes),
-        loss=bound,
-    )
+    zero = run_of("zero", strategy__kind="zero3", **changes)
+    ddp = run_of("ddp", strategy__kind="ddp", **changes)
+    assert unlike(zero, ddp, loss=bound) == []
 
 
 @pytest.mark.matrix
@@ -100,4 +98,4 @@ def test_full_fine_tuning_is_resumed_exactly(run_of, stopped_and_resumed, tied_m
 @pytest.mark.matrix
 def test_full_fine_tuning_under_zero2(run_of, single, tied_model):  # noqa: F811
     run = run_of("full", **{**FULL, "model__source": str(tied_model), "strategy__kind": "zero2"})
-    compare(run, single, loss=1e-6)
+    assert unlike(run, single, loss=1e-6) == []
